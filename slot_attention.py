@@ -1,0 +1,539 @@
+"""Slot Attention: the module, the autoencoder around it, its checkpoints and its scores.
+
+    from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_model
+    model = SlotAttentionAutoEncoder(ModelConfig(resolution=64))
+    recons, masks, slots, attn = model(images)           # images [B, 3, 64, 64] in [-1, 1]
+    model = load_model('logs/checkpoints/best_model.pth')
+
+Follows Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
+called "the paper" below. Letters in shape comments: B images, K slots, D slot size, T iterations,
+N = h * w places of the encoder's grid, C feature channels, H x W pixels.
+"""
+
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-3  # Keras' default, which the reference code uses; PyTorch's is 1e-5
+MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
+
+
+class ConfigError(ValueError):
+    """A model that cannot be built or used as asked; the message says why in one line."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that is needed to rebuild a model; it travels in every checkpoint.
+
+    architecture   'fast': strided encoder, decoder that upsamples to the last layer;
+                   'paper': Tables 4 and 6 of the paper above 64 pixels, Tables 5 and 7 up to 64
+    resolution     side of the square images, pixels
+    num_slots      slots K in training; another number can be given per call
+    slot_dim       size D of a slot
+    num_iterations iterations T of Slot Attention
+    hidden_dim     channels of the encoder's and the decoder's convolutions
+    slot_init      'gaussian': every slot drawn from one learned Gaussian (the paper);
+                   'learned': one learned vector per slot (BO-QSA, arXiv 2210.08990)
+    gradient       'full': through all T iterations (the paper); 'first_order': through the last
+                   one only (Chang et al. 2022, arXiv 2207.00787)
+
+    Raises ConfigError, in one line that names the field, for values that make no model.
+    """
+
+    architecture: str = 'fast'
+    resolution: int = 64
+    num_slots: int = 7
+    slot_dim: int = 64
+    num_iterations: int = 3
+    hidden_dim: int = 64
+    slot_init: str = 'gaussian'
+    gradient: str = 'full'
+
+    def __post_init__(self):
+        for name, allowed in (
+            ('architecture', ('fast', 'paper')),
+            ('slot_init', ('gaussian', 'learned')),
+            ('gradient', ('full', 'first_order')),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f'{name} must be one of {", ".join(allowed)}, not {getattr(self, name)!r}')
+        for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
+        possible = [r for r in range(MIN_RESOLUTION, MAX_RESOLUTION + 1) if _can_produce(self.architecture, r)]
+        if self.resolution not in possible:
+            nearest = sorted(sorted(possible, key=lambda r: abs(r - self.resolution))[:2])
+            raise ConfigError(
+                f"the '{self.architecture}' architecture cannot produce resolution {self.resolution}; "
+                f'the nearest that work: {", ".join(map(str, nearest))}'
+            )
+
+
+def _can_produce(architecture: str, resolution: int) -> bool:
+    """The paper's CLEVR decoder (above 64 pixels) doubles four times; all else fits any size."""
+    return architecture == 'fast' or resolution <= 64 or resolution % 16 == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Slot Attention (paper Algorithm 1)
+# ---------------------------------------------------------------------------------------------
+
+
+class SlotAttention(nn.Module):
+    """Iterative attention in which slots compete for the inputs (paper Section 2.1, Algorithm 1).
+
+    Slots of the 'gaussian' initialisation are exchangeable, so their number may change from call
+    to call; with 'learned' there are as many vectors as slots in training, and no more.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_slots: int = 7,
+        slot_dim: int = 64,
+        num_iterations: int = 3,
+        mlp_dim: int = 128,
+        slot_init: str = 'gaussian',
+        gradient: str = 'full',
+        epsilon: float = 1e-8,
+    ):
+        super().__init__()
+        self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
+        self.slot_init, self.gradient, self.epsilon = slot_init, gradient, epsilon
+
+        if slot_init == 'gaussian':
+            self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
+            self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, slot_dim))
+        else:
+            self.slots_init = nn.Parameter(torch.empty(1, num_slots, slot_dim))
+
+        self.norm_inputs = nn.LayerNorm(input_dim, eps=LAYER_NORM_EPS)
+        self.norm_slots = nn.LayerNorm(slot_dim, eps=LAYER_NORM_EPS)
+        self.norm_mlp = nn.LayerNorm(slot_dim, eps=LAYER_NORM_EPS)
+        self.project_q = nn.Linear(slot_dim, slot_dim, bias=False)
+        self.project_k = nn.Linear(input_dim, slot_dim, bias=False)
+        self.project_v = nn.Linear(input_dim, slot_dim, bias=False)
+        self.gru = nn.GRUCell(slot_dim, slot_dim)
+        self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, slot_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The reference code's (Keras') initialisation, where PyTorch's default differs."""
+        _keras_init(self)
+        if self.slot_init == 'gaussian':
+            # Keras takes fan_in 1 and fan_out D for a [1, 1, D] weight; torch would take D and D.
+            nn.init.xavier_uniform_(self.slots_mu.data.view(1, -1))
+            nn.init.xavier_uniform_(self.slots_log_sigma.data.view(1, -1))
+        else:
+            nn.init.xavier_uniform_(self.slots_init.data[0])
+
+    def initial_slots(self, batch_size: int, num_slots: int, generator: torch.Generator | None = None) -> Tensor:
+        """Slots before the first iteration, [B, K, D], with gradient to what they are drawn from.
+
+        Raises ConfigError for more slots than there are learned vectors.
+        """
+        if self.slot_init == 'gaussian':
+            mu, sigma = self.slots_mu, self.slots_log_sigma.exp()
+            shape = (batch_size, num_slots, self.slot_dim)
+            noise = torch.randn(shape, generator=generator, device=mu.device, dtype=mu.dtype)
+            return mu + sigma * noise
+        if num_slots > self.num_slots:
+            raise ConfigError(
+                f'this model has {self.num_slots} learned slots and cannot use {num_slots}; '
+                'a model trained with --slot_init gaussian can'
+            )
+        return self.slots_init[:, :num_slots].expand(batch_size, -1, -1)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        num_slots: int | None = None,
+        num_iterations: int | None = None,
+        slots: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Bind inputs to slots.
+
+        inputs          [B, N, D_in]
+        num_slots       K, instead of the one in training
+        num_iterations  T, instead of the one in training
+        slots           [B, K, D] to start from, instead of initial_slots()
+        generator       source of the Gaussian noise, on the module's device
+
+        Returns slots [B, K, D] and the attention of every iteration [B, T, K, N], which sums to
+        1 over K. Raises ConfigError for fewer than one slot or iteration.
+        """
+        num_slots = self.num_slots if num_slots is None else num_slots
+        num_iterations = self.num_iterations if num_iterations is None else num_iterations
+        if num_slots < 1 or num_iterations < 1:
+            raise ConfigError(f'at least 1 slot and 1 iteration are needed, not {num_slots} and {num_iterations}')
+
+        inputs = self.norm_inputs(inputs)
+        k = self.project_k(inputs)  # [B, N, D]
+        v = self.project_v(inputs)  # [B, N, D]
+        if slots is None:
+            slots = self.initial_slots(inputs.shape[0], num_slots, generator)
+
+        attns = []
+        if self.gradient == 'first_order':
+            start = slots
+            with torch.no_grad():
+                for _ in range(num_iterations - 1):
+                    slots, attn = self.step(slots, k, v)
+                    attns.append(attn)
+            # Straight through: the value of the refined slots, the gradient of the initial ones.
+            # Without it neither mu and log_sigma nor learned slots would learn (BO-QSA, Eq. 6).
+            slots = slots.detach() + start - start.detach()
+            num_iterations = 1
+        for _ in range(num_iterations):
+            slots, attn = self.step(slots, k, v)
+            attns.append(attn)
+        return slots, torch.stack(attns, dim=1)
+
+    def step(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One iteration: slots [B, K, D], k and v [B, N, D] -> slots [B, K, D], attn [B, K, N]."""
+        B, K, D = slots.shape
+        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
+        logits = q @ k.transpose(1, 2) * D**-0.5  # [B, K, N]
+        attn = logits.softmax(dim=1)  # over the slots: they compete
+        weights = attn + self.epsilon
+        weights = weights / weights.sum(dim=2, keepdim=True)  # over the inputs: a weighted mean
+        updates = weights @ v  # [B, K, D]
+        slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
+        slots = slots + self.mlp(self.norm_mlp(slots))
+        return slots, attn
+
+
+def _keras_init(module: nn.Module) -> None:
+    """Glorot-uniform weights, zero biases, orthogonal recurrent weights (paper Appendix E)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.GRUCell):
+            nn.init.xavier_uniform_(layer.weight_ih)
+            nn.init.orthogonal_(layer.weight_hh)
+            nn.init.zeros_(layer.bias_ih)
+            nn.init.zeros_(layer.bias_hh)
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoder and decoder (paper Appendix E.3, Tables 4-7)
+# ---------------------------------------------------------------------------------------------
+
+
+class SoftPositionEmbed(nn.Module):
+    """Adds a learned linear map of (x, y, 1 - x, 1 - y), each in [0, 1] (paper Appendix E.2)."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.dense = nn.Linear(4, channels)
+        y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing='ij')
+        self.register_buffer('grid', torch.stack([x, y, 1 - x, 1 - y], dim=-1), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] (or anything that broadcasts to it, as [B, C, 1, 1]) -> [B, C, h, w]."""
+        return features + self.dense(self.grid).permute(2, 0, 1)  # [C, h, w]
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> one vector per place of the grid [B, N, C] (Tables 6 and 7)."""
+
+    def __init__(self, resolution: int, channels: int, strides: tuple[int, ...], kernel_size: int):
+        super().__init__()
+        layers, width, size = [], 3, resolution
+        for stride in strides:
+            layers += [nn.Conv2d(width, channels, kernel_size, stride, padding=kernel_size // 2), nn.ReLU()]
+            width, size = channels, -(-size // stride)
+        self.conv = nn.Sequential(*layers)
+        self.grid_size = size
+        self.position = SoftPositionEmbed(channels, size)
+        self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.position(self.conv(images))  # [B, C, h, w]
+        return self.mlp(self.norm(features.flatten(2).transpose(1, 2)))  # [B, N, C]
+
+
+class Decoder(nn.Module):
+    """Spatial broadcast decoder: slots [M, D] -> colours and mask logit [M, 4, H, W] (Tables 4, 5).
+
+    Every slot is copied to all places of a start_size x start_size grid, given its position, and
+    upsampled by transposed convolutions of (kernel, stride, channels).
+    """
+
+    def __init__(self, resolution: int, slot_dim: int, layers: list[tuple[int, int, int]]):
+        super().__init__()
+        sizes = [resolution]  # of every layer's output, from the last to the broadcast grid
+        for _, stride, _ in reversed(layers):
+            sizes.append(-(-sizes[-1] // stride))
+        sizes.reverse()
+        self.position = SoftPositionEmbed(slot_dim, sizes[0])
+        modules, width = [], slot_dim
+        for (kernel, stride, channels), size, out_size in zip(layers, sizes, sizes[1:], strict=False):
+            # Odd sizes are reached by leaving out the last row and column of the doubled grid.
+            output_padding = out_size - ((size - 1) * stride + 1)
+            modules += [
+                nn.ConvTranspose2d(width, channels, kernel, stride, kernel // 2, output_padding),
+                nn.ReLU(),
+            ]
+            width = channels
+        self.conv = nn.Sequential(*modules[:-1])  # colours and logits are linear
+
+    def forward(self, slots: Tensor) -> Tensor:
+        return self.conv(self.position(slots[:, :, None, None]))
+
+
+def _build_encoder(config: ModelConfig) -> Encoder:
+    if config.architecture == 'paper':
+        return Encoder(config.resolution, config.hidden_dim, strides=(1, 1, 1, 1), kernel_size=5)
+    return Encoder(config.resolution, config.hidden_dim, strides=(2, 1, 1, 1), kernel_size=3)
+
+
+def _build_decoder(config: ModelConfig) -> Decoder:
+    C = config.hidden_dim
+    if config.architecture == 'fast':
+        layers = [(5, 2, C), (5, 2, C), (5, 2, 4)]
+    elif config.resolution > 64:  # Table 4
+        layers = 4 * [(5, 2, C)] + [(5, 1, C), (3, 1, 4)]
+    else:  # Table 5
+        layers = 3 * [(5, 1, C)] + [(3, 1, 4)]
+    return Decoder(config.resolution, config.slot_dim, layers)
+
+
+# ---------------------------------------------------------------------------------------------
+# Autoencoder (paper Section 2.2)
+# ---------------------------------------------------------------------------------------------
+
+
+class SlotAttentionOutput(NamedTuple):
+    recons: Tensor  # [B, 3, H, W]      the combined reconstruction
+    masks: Tensor  # [B, K, 1, H, W]    sums to 1 over K
+    slots: Tensor  # [B, K, D]
+    attn: Tensor  # [B, T, K, h, w]     sums to 1 over K, one map per iteration
+
+
+class SlotAttentionAutoEncoder(nn.Module):
+    """Takes an image apart into slots and puts it together again (paper Section 2.2, Figure 1)."""
+
+    def __init__(self, config: ModelConfig | None = None):
+        super().__init__()
+        self.config = config = config or ModelConfig()
+        self.encoder = _build_encoder(config)
+        self.slot_attention = SlotAttention(
+            input_dim=config.hidden_dim,
+            num_slots=config.num_slots,
+            slot_dim=config.slot_dim,
+            num_iterations=config.num_iterations,
+            mlp_dim=2 * config.slot_dim,
+            slot_init=config.slot_init,
+            gradient=config.gradient,
+        )
+        self.decoder = _build_decoder(config)
+        _keras_init(self.encoder)
+        _keras_init(self.decoder)
+
+    def encode(
+        self,
+        images: Tensor,
+        num_slots: int | None = None,
+        num_iterations: int | None = None,
+        slots: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
+
+        The other arguments are those of SlotAttention.forward. Raises ValueError for images that
+        are not of the model's resolution.
+        """
+        size = self.config.resolution
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f'images must be [B, 3, {size}, {size}], not {list(images.shape)}')
+        features = self.encoder(images)  # [B, N, C]
+        slots, attn = self.slot_attention(features, num_slots, num_iterations, slots, generator)
+        return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
+
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> colours [B, K, 3, H, W] and masks [B, K, 1, H, W]; each slot alone.
+
+        The image is their sum (rgbs * masks).sum(1); masks are a softmax over the slots.
+        """
+        B, K, D = slots.shape
+        decoded = self.decoder(slots.reshape(B * K, D)).unflatten(0, (B, K))  # [B, K, 4, H, W]
+        rgbs, logits = decoded.split([3, 1], dim=2)
+        return rgbs, logits.softmax(dim=1)
+
+    def forward(
+        self,
+        images: Tensor,
+        num_slots: int | None = None,
+        num_iterations: int | None = None,
+        slots: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SlotAttentionOutput:
+        """encode, decode, combine; arguments as in encode()."""
+        slots, attn = self.encode(images, num_slots, num_iterations, slots, generator)
+        rgbs, masks = self.decode(slots)
+        return SlotAttentionOutput((rgbs * masks).sum(dim=1), masks, slots, attn)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------
+
+
+def segmentation(masks: Tensor) -> Tensor:
+    """masks [B, K, 1, H, W] (or attn [B, K, h, w]) -> index of the strongest slot [B, H, W]."""
+    return (masks.squeeze(2) if masks.ndim == 5 else masks).argmax(dim=1)
+
+
+def contingency_table(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
+    """How many places carry label i in `a` and label j in `b`: integer [B, I, J].
+
+    a, b   integer labels >= 0 [B, ...]
+    where  bool [B, ...], the places that count (default: all)
+    """
+    a, b = a.flatten(1).long(), b.flatten(1).long()
+    I, J = int(a.max()) + 1, int(b.max()) + 1
+    counted = torch.ones_like(a) if where is None else where.flatten(1).long()
+    table = torch.zeros(len(a), I * J, dtype=torch.long, device=a.device)
+    return table.scatter_add_(1, a * J + b, counted).unflatten(1, (I, J))
+
+
+def adjusted_rand_index(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
+    """Agreement of two segmentations of each image beyond chance (Hubert & Arabie 1985): [B].
+
+    1 for the same partition, 0 on average for independent ones. Two trivial partitions that
+    agree (one object, found whole) score 1; an image where no place counts gives NaN.
+    Arguments as in contingency_table().
+    """
+    table = contingency_table(a, b, where).double()  # exact: counts of pairs stay below 2^53
+
+    def pairs(n: Tensor) -> Tensor:
+        return n * (n - 1) / 2
+
+    total = pairs(table.sum((1, 2)))
+    together = pairs(table).sum((1, 2))
+    in_a, in_b = pairs(table.sum(2)).sum(1), pairs(table.sum(1)).sum(1)
+    expected = in_a * in_b / total.clamp(min=1)
+    maximum = (in_a + in_b) / 2
+    score = torch.where(maximum == expected, 1.0, (together - expected) / (maximum - expected))
+    return torch.where(table.sum((1, 2)) > 0, score, torch.nan)
+
+
+def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
+    """ARI over the true foreground only (paper Section 4): [B], NaN without foreground.
+
+    labels [B, H, W], 0 = background; masks [B, K, 1, H, W].
+    """
+    return adjusted_rand_index(labels, segmentation(masks), where=labels > 0)
+
+
+def mean_best_overlap(labels: Tensor, masks: Tensor) -> Tensor:
+    """Mean over the objects in sight of the best IoU that any slot has with them: [B].
+
+    Arguments and NaN as in fg_ari().
+    """
+    table = contingency_table(labels, segmentation(masks)).double()  # [B, labels, slots]
+    union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
+    iou = (table / union.clamp(min=1)).amax(dim=2)[:, 1:]  # [B, objects]
+    in_sight = table.sum(2)[:, 1:] > 0
+    return (iou * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
+
+
+def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """FG-ARI, ARI and mBO of each image, each [B]; arguments as in fg_ari()."""
+    return {
+        'fg_ari': fg_ari(labels, masks),
+        'ari': adjusted_rand_index(labels, segmentation(masks)),
+        'mbo': mean_best_overlap(labels, masks),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 'slot-attention/1'
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which and why in one line."""
+
+
+def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **training) -> None:
+    """Write the model, its configuration and `training` (tensors and plain values) to `path`.
+
+    The file appears whole or not at all: it is written beside its final name, flushed to disk and
+    renamed. Raises OSError when that fails; what was at `path` is then untouched.
+    """
+    path = Path(path)
+    checkpoint = {
+        'format': CHECKPOINT_FORMAT,
+        'config': asdict(model.config),
+        'model': model.state_dict(),
+        'training': training,
+    }
+    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False)
+    try:
+        with file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except BaseException:
+        Path(file.name).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """The dictionary that save_checkpoint() wrote, on the CPU, 'config' as a ModelConfig.
+
+    Raises CheckpointError when the file is missing, damaged or not one of ours. Nothing in the
+    file is executed (torch.load with weights_only=True).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'no checkpoint at {path}')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises whatever the damage happens to trip over
+        raise CheckpointError(f'{path} is damaged or no PyTorch checkpoint ({type(error).__name__})') from error
+    if not isinstance(checkpoint, dict) or checkpoint.get('format') != CHECKPOINT_FORMAT:
+        raise CheckpointError(f'{path} is not a checkpoint of this program (format {CHECKPOINT_FORMAT!r})')
+    known = {field.name for field in fields(ModelConfig)}
+    try:
+        checkpoint['config'] = ModelConfig(**checkpoint['config'])
+        checkpoint['model'], checkpoint['training']
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f'{path} does not hold a model this version can build: {error}') from error
+    return checkpoint
+
+
+def load_model(path: str | os.PathLike) -> SlotAttentionAutoEncoder:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Raises CheckpointError."""
+    return build_model(load_checkpoint(path), path)
+
+
+def build_model(checkpoint: dict, path: str | os.PathLike) -> SlotAttentionAutoEncoder:
+    """The model of a loaded checkpoint; `path` is for the error message."""
+    model = SlotAttentionAutoEncoder(checkpoint['config'])
+    try:
+        model.load_state_dict(checkpoint['model'])
+    except RuntimeError as error:
+        raise CheckpointError(f'{path}: the weights do not fit the configuration beside them') from error
+    return model.eval()

@@ -1,0 +1,503 @@
+"""Train a Slot Attention autoencoder, score it, log it to TensorBoard and keep its checkpoints.
+
+    python train.py                                              # shapes, 64x64, 7 slots
+    python train.py --epochs 4                                   # a first look, in minutes
+    python train.py --architecture paper --batch_size 64         # the paper's model and schedule
+    python train.py --resume logs/checkpoints/last.pth           # go on after a stop
+    python train.py --eval --resume logs/checkpoints/best_model.pth --num_slots 9
+
+The order of the images is a function of (seed, epoch), the slot noise of (seed, step), the learning
+rate of the step: a resumed run continues as if it had never stopped.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dataset import DATASETS, DataError, create_dataloader, create_dataset, wrap_in_loader
+from slot_attention import (
+    CheckpointError,
+    ConfigError,
+    ModelConfig,
+    SlotAttentionAutoEncoder,
+    adjusted_rand_index,
+    build_model,
+    load_checkpoint,
+    save_checkpoint,
+    segmentation,
+    segmentation_scores,
+)
+from visualize import visualize_attention_evolution, visualize_slots
+
+# What a flag is when it is not given. 'paper' is Table 11 with Adam's learning rate halving
+# every 100,000 steps; 'fast' is what was measured to learn shapes soonest (README, "What was tried").
+RECIPES = {
+    'fast': dict(
+        hidden_dim=32, slot_init='learned', gradient='first_order', batch_size=16, lr=1e-3,
+        warmup_steps=300, decay_steps=10_000, clip=1.0, epochs=40,
+    ),
+    'paper': dict(
+        hidden_dim=64, slot_init='gaussian', gradient='full', batch_size=32, lr=4e-4,
+        warmup_steps=10_000, decay_steps=100_000, clip=0.0, epochs=100,
+    ),
+}  # fmt: skip
+DEFAULTS = dict(
+    dataset='shapes', architecture='fast', resolution=64, num_slots=7, slot_dim=64, num_iterations=3,
+    max_objects=6, min_objects=2, train_size=10_000, val_size=320, data_seed=0, seed=0,
+)  # fmt: skip
+MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
+DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
+OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip')
+SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do in one line."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags as given; those of model, data and optimisation are None until settle() fills them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n')[0], usage='python train.py [--help] [flags]', allow_abbrev=False
+    )
+
+    def add(group, name, type, help, **kwargs):
+        if name in DEFAULTS:
+            help += f' (default: {DEFAULTS[name]})'
+        elif name in RECIPES['fast']:
+            values = [f'{recipe[name]} for {architecture}' for architecture, recipe in RECIPES.items()]
+            help += f' (default, set by the architecture: {", ".join(values)})'
+        elif kwargs.get('default') is not None:
+            help += f' (default: {kwargs["default"]})'
+        group.add_argument(f'--{name}', type=type, help=help, **kwargs)
+
+    group = parser.add_argument_group('data')
+    add(group, 'dataset', str, 'source of the images', choices=DATASETS)
+    add(group, 'resolution', int, 'side of the square images, pixels')
+    add(group, 'max_objects', int, 'most objects in an image')
+    add(group, 'min_objects', int, 'fewest objects in an image')
+    add(group, 'train_size', int, 'training images')
+    add(group, 'val_size', int, 'validation images, and test images with --eval')
+    add(group, 'data_seed', int, 'decides what is drawn')
+    group = parser.add_argument_group('model')
+    add(group, 'architecture', str, "layers: 'paper' has those of its Tables 4-7", choices=tuple(RECIPES))
+    add(group, 'num_slots', int, 'slots: one for the background and one for each object at least')
+    add(group, 'slot_dim', int, 'size of a slot')
+    add(group, 'num_iterations', int, 'iterations of Slot Attention')
+    add(group, 'hidden_dim', int, 'channels of encoder and decoder')
+    add(
+        group, 'slot_init', str, 'one Gaussian for all slots, or a learned vector each', choices=('gaussian', 'learned')
+    )
+    add(group, 'gradient', str, 'through all iterations, or the last one only', choices=('full', 'first_order'))
+    group = parser.add_argument_group('optimisation')
+    add(group, 'epochs', int, 'passes over the training images')
+    add(group, 'batch_size', int, 'images per step')
+    add(group, 'lr', float, 'peak learning rate of Adam')
+    add(group, 'warmup_steps', int, 'steps of linear warm-up')
+    add(group, 'decay_steps', int, 'steps in which the learning rate halves; 0: never')
+    add(group, 'clip', float, 'largest norm of the gradient; 0: no clipping')
+    add(group, 'seed', int, 'decides initial weights, order of the images and slot noise')
+    group = parser.add_argument_group('logging')
+    add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it', default=Path('logs'))
+    add(group, 'log_every', int, 'steps between two points of the training curves', default=50)
+    add(group, 'save_every', int, 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
+    add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval', metavar='PATH')
+    group.add_argument('--eval', action='store_true', help='score --resume on the test images and stop')
+    group = parser.add_argument_group('system')
+    add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
+    add(
+        group,
+        'amp',
+        str,
+        'bfloat16; auto: where the device computes in it',
+        default='auto',
+        choices=('auto', 'on', 'off'),
+    )
+    add(group, 'num_workers', int, 'processes that load batches; 0: none, the data are in memory', default=0)
+
+    args = parser.parse_args(argv)
+    if args.eval and args.resume is None:
+        parser.error('--eval needs --resume PATH, the checkpoint to score')
+    for name, least in (('epochs', 1), ('lr', 0), ('warmup_steps', 0), ('decay_steps', 0), ('clip', 0), ('log_every', 1),
+                        ('save_every', 0), ('num_workers', 0), ('seed', 0), ('data_seed', 0), ('val_size', 1)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            parser.error(f'--{name} must be at least {least}, not {value}')
+    return args
+
+
+def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Namespace:
+    """Fill in what was not given: from the checkpoint's flags where there is one, else the recipe.
+
+    Raises ConfigError for a flag that contradicts the checkpoint. Optimisation flags may change on
+    resuming; the number of slots and iterations may in --eval.
+    """
+    if saved is None:
+        recipe = RECIPES[args.architecture or DEFAULTS['architecture']] | DEFAULTS
+        if args.architecture == 'paper' and (args.resolution or DEFAULTS['resolution']) <= 64:
+            recipe['hidden_dim'] = 32  # Tables 5 and 7
+    else:
+        recipe = saved
+        free = ('num_slots', 'num_iterations', 'val_size') if args.eval else ()
+        for name in MODEL_FLAGS + DATA_FLAGS:
+            given = getattr(args, name)
+            if name not in free and given is not None and given != saved[name]:
+                raise ConfigError(
+                    f'--{name} {given} contradicts {args.resume}, which has {name} {saved[name]}; leave the flag out'
+                )
+        for name in OPTIMISATION_FLAGS:
+            given = getattr(args, name)
+            if given is not None and given != saved[name]:
+                print(f'{name}: {saved[name]} in the checkpoint, {given} from now on')
+    for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS:
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Device
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in which number format to compute; the only code that decides it."""
+
+    device: torch.device
+    bfloat16: bool
+
+    @classmethod
+    def choose(cls, device: str = 'auto', amp: str = 'auto') -> 'Place':
+        """Raises ConfigError for a GPU that is not there."""
+        if device == 'cuda' and not torch.cuda.is_available():
+            raise ConfigError('--device cuda: PyTorch finds no CUDA GPU here; use --device cpu')
+        if device == 'auto':
+            device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        if device == 'cuda':
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # without these instructions bfloat16 is emulated, tens of times slower than float32
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return cls(torch.device(device), amp == 'on' or (amp == 'auto' and fast))
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def put(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+
+    def generator(self, *key: int) -> torch.Generator:
+        """Noise that is a function of `key`: torch's CPU generator uses 32 bits of a seed, so mix."""
+        seed = np.random.SeedSequence(key).generate_state(1)[0]
+        return torch.Generator(self.device).manual_seed(int(seed))
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name() if self.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+        return f'{name}, {"bfloat16" if self.bfloat16 else "float32"}'
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself besides the weights; it travels in the checkpoint."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent training, without validation
+    best: float = -math.inf  # best validation score so far
+    epoch_loss: float = 0.0  # sum over the steps of the present epoch
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a flag that is looked at between steps."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.signal is not None:  # the second time: at once
+            os._exit(128 + number)
+        self.signal = number
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int) -> float:
+    """Linear warm-up times exponential decay (paper Appendix E.3): a function of the step alone."""
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return lr * warmup * (0.5 ** (step / decay_steps) if decay_steps else 1.0)
+
+
+def train_one_epoch(
+    model: SlotAttentionAutoEncoder,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    args: argparse.Namespace,
+    place: Place,
+    writer: SummaryWriter,
+    stop: Stop,
+) -> None:
+    """Train to the end of the epoch that progress.step lies in, or until `stop` is set.
+
+    Raises TrainingError when the loss is not finite; the step is named.
+    """
+    epoch, done = divmod(progress.step, len(loader))
+    loader.sampler.set_epoch(epoch)
+    model.train()
+    waiting = []  # losses and gradient norms on the device, read back every log_every steps
+    bar = tqdm(total=len(loader), initial=done, desc=f'epoch {epoch + 1}/{args.epochs}', disable=None, leave=False)
+    start = time.perf_counter()
+    for batch in itertools.islice(loader, done, None):
+        lr = learning_rate(progress.step, args.lr, args.warmup_steps, args.decay_steps)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        images = place.put(batch)['image']
+        with place.autocast():
+            recons = model(images, generator=place.generator(args.seed, progress.step)).recons
+        loss = F.mse_loss(recons.float(), images)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        optimizer.step()
+        progress.step += 1
+        waiting.append(torch.stack([loss.detach(), norm]))
+        bar.update()
+
+        end = progress.step % len(loader) == 0 or stop.signal is not None
+        if end or progress.step % args.log_every == 0:
+            losses, norms = torch.stack(waiting).double().cpu().T
+            seconds = time.perf_counter() - start
+            for i, value in enumerate(losses.tolist()):
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f'the loss is {value} at step {progress.step - len(waiting) + i + 1} (learning rate {lr:.1e}); '
+                        'the last checkpoint is untouched; try a lower --lr or --clip 1.0'
+                    )
+                progress.epoch_loss += value
+            rate = len(waiting) * args.batch_size / seconds
+            writer.add_scalar('train/loss', losses.mean().item(), progress.step)
+            writer.add_scalar('train/lr', lr, progress.step)
+            writer.add_scalar('train/grad_norm', norms.mean().item(), progress.step)
+            writer.add_scalar('system/images_per_second', rate, progress.step)
+            bar.set_postfix_str(f'loss {losses.mean():.4f}, {rate:.0f} images/s')
+            progress.seconds += seconds
+            waiting, start = [], time.perf_counter()
+        if stop.signal is not None:
+            break
+    bar.close()
+
+
+@torch.no_grad()
+def evaluate(
+    model: SlotAttentionAutoEncoder,
+    loader: DataLoader,
+    place: Place,
+    num_slots: int | None = None,
+    num_iterations: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Mean over the images of MSE, FG-ARI, ARI, mBO and consistency, see segmentation_scores().
+
+    Consistency asks whether an object is given the same slot again: the ARI of the segmentations
+    from two independent slot initialisations, over the true foreground (over the whole image
+    where there are no masks; then the other segmentation scores are left out).
+    """
+    model.eval()
+    scores = {}
+    for i, batch in enumerate(loader):
+        batch = place.put(batch)
+        images, labels = batch['image'], batch.get('mask')
+        with place.autocast():
+            first, second = (
+                model(images, num_slots, num_iterations, generator=place.generator(seed, i, init)) for init in (0, 1)
+            )
+        found = {'mse': (first.recons.float() - images).square().mean((1, 2, 3))}
+        if labels is not None:
+            found |= segmentation_scores(labels, first.masks)
+        found['consistency'] = adjusted_rand_index(
+            segmentation(first.masks), segmentation(second.masks), None if labels is None else labels > 0
+        )
+        for name, values in found.items():
+            scores.setdefault(name, []).append(values.double())
+    return {name: torch.cat(values).nanmean().item() for name, values in scores.items()}
+
+
+@torch.no_grad()
+def log_figures(model: SlotAttentionAutoEncoder, batch: dict[str, Tensor], place: Place, writer, step: int) -> None:
+    """The same validation images at every step, so that TensorBoard's slider shows them emerge."""
+    model.eval()
+    batch = place.put(batch)
+    with place.autocast():
+        recons, masks, slots, attn = model(batch['image'], generator=place.generator(0))
+        rgbs, _ = model.decode(slots)
+    figure = visualize_slots(batch['image'], recons, masks, rgbs=rgbs, labels=batch.get('mask'))
+    writer.add_figure('slots/decomposition', figure, step)
+    writer.add_figure('slots/attention', visualize_attention_evolution(attn, images=batch['image']), step)
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------
+
+
+def set_aside(log_dir: Path) -> None:
+    """Move an earlier run's files out of the way of a new one: nothing is overwritten."""
+    earlier = [*log_dir.glob('events.out.tfevents.*'), *log_dir.glob('checkpoints')]
+    if not earlier:
+        return
+    number = next(n for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
+    target = log_dir / f'run_{number}'
+    target.mkdir()
+    for path in earlier:
+        shutil.move(path, target)
+    print(f'the earlier run in {log_dir} is now in {target}')
+
+
+def data_of(args: argparse.Namespace) -> dict:
+    """What create_dataset() needs to give the same images again."""
+    return dict(
+        dataset_type=args.dataset, resolution=args.resolution, max_objects=args.max_objects,
+        min_objects=args.min_objects, seed=args.data_seed,
+    )  # fmt: skip
+
+
+def summary(scores: dict[str, float]) -> str:
+    return '  '.join(f'{SCORES[name]} {value:.4f}' for name, value in scores.items())
+
+
+def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> dict[str, float]:
+    """--eval: print the scores of a checkpoint on the test split as a table."""
+    model = build_model(checkpoint, args.resume).to(place.device)
+    test = create_dataset(split='test', size=args.val_size, **data_of(args))
+    scores = evaluate(model, wrap_in_loader(test, 32, shuffle=False), place, args.num_slots, args.num_iterations)
+    print(f'{args.resume}, step {checkpoint["training"]["progress"]["step"]}')
+    print(f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n')
+    print('  '.join(f'{SCORES[name]:>11}' for name in scores))
+    print('  '.join(f'{value:11.4f}' for value in scores.values()))
+    return scores
+
+
+def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> int:
+    """A whole run, new or resumed; returns the exit status."""
+    torch.manual_seed(args.seed)
+    model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+    if checkpoint is not None:
+        model = build_model(checkpoint, args.resume)
+    model = model.to(place.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    progress = Progress()
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint['training']['optimizer'])
+        progress = Progress(**checkpoint['training']['progress'])
+
+    train_loader, val_loader = create_dataloader(
+        args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
+        args.train_size, args.val_size, args.seed, args.data_seed, args.num_workers,
+        pin_memory=place.device.type == 'cuda',
+    )  # fmt: skip
+    first_epoch = progress.step // len(train_loader)
+    if first_epoch >= args.epochs:
+        raise ConfigError(
+            f'{args.resume} has {first_epoch} epochs behind it; give a larger --epochs than {args.epochs}'
+        )
+    checkpoints = args.log_dir / 'checkpoints'
+    args.log_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        set_aside(args.log_dir)
+    checkpoints.mkdir(exist_ok=True)
+    config = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
+    flags = {name: config[name] for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}
+
+    def save(name: str) -> None:
+        training = dict(args=flags, data=data_of(args), optimizer=optimizer.state_dict(), progress=asdict(progress))
+        save_checkpoint(checkpoints / name, model, **training)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f'{args.architecture} model of {parameters:,} parameters on {place}; {args.train_size} images of {args.dataset}'
+    )
+    print(f'tensorboard --logdir {args.log_dir}')
+    writer = SummaryWriter(args.log_dir, purge_step=progress.step + 1 if checkpoint else None)
+    writer.add_text('configuration', '\n'.join(['|flag|value|', '|-|-|', *(f'|{k}|{v}|' for k, v in config.items())]))
+    shown = next(iter(val_loader))
+    shown = {name: values[:6] for name, values in shown.items()}
+    with writer, Stop() as stop:
+        for epoch in range(first_epoch, args.epochs):
+            train_one_epoch(model, train_loader, optimizer, progress, args, place, writer, stop)
+            if stop.signal is not None and progress.step % len(train_loader):
+                break
+            train_loss, progress.epoch_loss = progress.epoch_loss / len(train_loader), 0.0
+            scores = evaluate(model, val_loader, place)
+            for name, value in scores.items():
+                writer.add_scalar(f'val/{name}', value, progress.step)
+            log_figures(model, shown, place, writer, progress.step)
+            tqdm.write(
+                f'epoch {epoch + 1:3d}  {progress.seconds / 60:5.1f} min  train loss {train_loss:.4f}  val {summary(scores)}  '
+                f'{progress.step * args.batch_size / progress.seconds:.0f} images/s'
+            )
+            score = scores.get('fg_ari', -scores['mse'])
+            if score > progress.best:
+                progress.best = score
+                save('best_model.pth')
+            save('last.pth')
+            if args.save_every and (epoch + 1) % args.save_every == 0:
+                save(f'checkpoint_epoch_{epoch + 1}.pth')
+            if stop.signal is not None:
+                break
+        if stop.signal is not None:
+            save('last.pth')
+            print(f'stopped at step {progress.step}; go on with: python train.py --resume {checkpoints / "last.pth"}')
+            return 128 + stop.signal
+        writer.add_hparams(config, {f'final/{name}': value for name, value in scores.items()}, run_name='.')
+    print(f'best validation score {progress.best:.4f}: {checkpoints / "best_model.pth"}')
+    return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status. Raises ConfigError, CheckpointError, DataError, TrainingError, OSError."""
+    place = Place.choose(args.device, args.amp)
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+    args = settle(args, checkpoint and checkpoint['training']['args'])
+    if args.eval:
+        evaluate_checkpoint(args, checkpoint, place)
+        return 0
+    return train(args, checkpoint, place)
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main(parse_args()))
+    except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:
+        print(f'train.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
