@@ -196,13 +196,8 @@ def wrap_in_loader(
     """A DataLoader that fetches whole batches.
 
     With `shuffle`, its order is a function of (seed, epoch): call `loader.sampler.set_epoch(n)`
-    before each epoch, and incomplete batches are left out. Raises DataError for a batch that is
-    empty or larger than the data set.
+    before each epoch, and incomplete batches are left out.
     """
-    if batch_size < 1:
-        raise DataError(f'batch_size must be at least 1, not {batch_size}')
-    if shuffle and batch_size > len(dataset):
-        raise DataError(f'batch_size ({batch_size}) must not exceed the {len(dataset)} training images')
     return DataLoader(
         dataset,
         batch_size,
@@ -246,6 +241,10 @@ def create_dataloader(
 
     Raises DataError (a ValueError) for a request that gives no images.
     """
+    if batch_size < 1:
+        raise DataError(f'batch_size must be at least 1, not {batch_size}')
+    if batch_size > train_size:
+        raise DataError(f'batch_size ({batch_size}) must not exceed the {train_size} training images')
     train, val = (
         create_dataset(dataset_type, split, size, resolution, max_objects, min_objects, data_seed)
         for split, size in (('train', train_size), ('val', val_size))
@@ -296,28 +295,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    dataset = create_dataset(
-        args.dataset, 'train', args.num_images, args.resolution, args.max_objects, args.min_objects, args.data_seed
-    )
-    drawing = time.perf_counter() - start
-    loader = wrap_in_loader(dataset, 32, shuffle=True)
-    start = time.perf_counter()
-    counts = torch.cat([batch['mask'].amax((1, 2)) for batch in loader])
-    loading = time.perf_counter() - start
-    print('objects  images')
-    for number, images in enumerate(torch.bincount(counts).tolist()):
-        if images:
-            print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
-    print(f'drawing {len(dataset) / drawing:,.0f} images/s, loading {len(counts) / loading:,.0f} images/s, one process')
-    sample_sheet(dataset).save(args.output)
-    print(f'sheet of samples and masks: {args.output}')
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status; a user's mistake becomes one line and a 2."""
+    try:
+        start = time.perf_counter()
+        dataset = create_dataset(
+            args.dataset, 'train', args.num_images, args.resolution, args.max_objects, args.min_objects, args.data_seed
+        )
+        drawing = time.perf_counter() - start
+        loader = wrap_in_loader(dataset, 32, shuffle=True)
+        start = time.perf_counter()
+        counts = torch.cat([batch['mask'].amax((1, 2)) for batch in loader])
+        loading = time.perf_counter() - start
+        print('objects  images')
+        for number, images in enumerate(torch.bincount(counts).tolist()):
+            if images:
+                print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
+        print(f'drawing {len(dataset) / drawing:,.0f} images/s, loading {len(counts) / loading:,.0f} images/s')
+        sample_sheet(dataset).save(args.output)
+        print(f'sheet of samples and masks: {args.output}')
+    except (DataError, OSError) as error:
+        print(f'dataset.py: error: {error}', file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':
-    try:
-        main(parse_args())
-    except (DataError, OSError) as error:
-        print(f'dataset.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(parse_args()))

@@ -11,13 +11,11 @@ N = h * w places of the encoder's grid, C feature channels, H x W pixels.
 """
 
 import os
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-3  # Keras' default, which the reference code uses; PyTorch's is 1e-5
@@ -488,16 +486,15 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
         'model': model.state_dict(),
         'training': training,
     }
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with file:
+        with open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except BaseException:
-        Path(file.name).unlink(missing_ok=True)
-        raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -515,7 +512,6 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise CheckpointError(f'{path} is damaged or no PyTorch checkpoint ({type(error).__name__})') from error
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != CHECKPOINT_FORMAT:
         raise CheckpointError(f'{path} is not a checkpoint of this program (format {CHECKPOINT_FORMAT!r})')
-    known = {field.name for field in fields(ModelConfig)}
     try:
         checkpoint['config'] = ModelConfig(**checkpoint['config'])
         checkpoint['model'], checkpoint['training']

@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -119,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'clip', float, 'largest norm of the gradient; 0: no clipping')
     add(group, 'seed', int, 'decides initial weights, order of the images and slot noise')
     group = parser.add_argument_group('logging')
-    add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it', default=Path('logs'))
+    add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
     add(group, 'log_every', int, 'steps between two points of the training curves', default=50)
     add(group, 'save_every', int, 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
     add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval', metavar='PATH')
@@ -139,11 +140,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.eval and args.resume is None:
         parser.error('--eval needs --resume PATH, the checkpoint to score')
-    for name, least in (('epochs', 1), ('lr', 0), ('warmup_steps', 0), ('decay_steps', 0), ('clip', 0), ('log_every', 1),
-                        ('save_every', 0), ('num_workers', 0), ('seed', 0), ('data_seed', 0), ('val_size', 1)):  # fmt: skip
+    least = dict.fromkeys(
+        ('lr', 'warmup_steps', 'decay_steps', 'clip', 'save_every', 'num_workers', 'seed', 'data_seed'), 0
+    )
+    for name, lowest in (least | dict.fromkeys(('epochs', 'log_every', 'val_size'), 1)).items():
         value = getattr(args, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
-            parser.error(f'--{name} must be at least {least}, not {value}')
+        if value is not None and not (value >= lowest and math.isfinite(value)):
+            parser.error(f'--{name} must be at least {lowest}, not {value}')
     return args
 
 
@@ -155,10 +158,13 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
     """
     if saved is None:
         recipe = RECIPES[args.architecture or DEFAULTS['architecture']] | DEFAULTS
+        args.log_dir = args.log_dir or Path('logs')
         if args.architecture == 'paper' and (args.resolution or DEFAULTS['resolution']) <= 64:
             recipe['hidden_dim'] = 32  # Tables 5 and 7
     else:
         recipe = saved
+        folder = args.resume.parent
+        args.log_dir = args.log_dir or (folder.parent if folder.name == 'checkpoints' else Path('logs'))
         free = ('num_slots', 'num_iterations', 'val_size') if args.eval else ()
         for name in MODEL_FLAGS + DATA_FLAGS:
             given = getattr(args, name)
@@ -198,14 +204,12 @@ class Place:
         if device == 'cuda':
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # without these instructions bfloat16 is emulated, tens of times slower than float32
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+            fast = any(getattr(torch.cpu, check, bool)() for check in checks)
         return cls(torch.device(device), amp == 'on' or (amp == 'auto' and fast))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
-
-    def put(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
 
     def generator(self, *key: int) -> torch.Generator:
         """Noise that is a function of `key`: torch's CPU generator uses 32 bits of a seed, so mix."""
@@ -282,7 +286,7 @@ def train_one_epoch(
         lr = learning_rate(progress.step, args.lr, args.warmup_steps, args.decay_steps)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        images = place.put(batch)['image']
+        images = batch['image'].to(place.device, non_blocking=True)
         with place.autocast():
             recons = model(images, generator=place.generator(args.seed, progress.step)).recons
         loss = F.mse_loss(recons.float(), images)
@@ -336,7 +340,7 @@ def evaluate(
     model.eval()
     scores = {}
     for i, batch in enumerate(loader):
-        batch = place.put(batch)
+        batch = {name: values.to(place.device, non_blocking=True) for name, values in batch.items()}
         images, labels = batch['image'], batch.get('mask')
         with place.autocast():
             first, second = (
@@ -355,9 +359,9 @@ def evaluate(
 
 @torch.no_grad()
 def log_figures(model: SlotAttentionAutoEncoder, batch: dict[str, Tensor], place: Place, writer, step: int) -> None:
-    """The same validation images at every step, so that TensorBoard's slider shows them emerge."""
+    """The same few images at every step, so that TensorBoard's slider shows their slots emerge."""
     model.eval()
-    batch = place.put(batch)
+    batch = {name: values[:6].to(place.device) for name, values in batch.items()}
     with place.autocast():
         recons, masks, slots, attn = model(batch['image'], generator=place.generator(0))
         rgbs, _ = model.decode(slots)
@@ -371,17 +375,27 @@ def log_figures(model: SlotAttentionAutoEncoder, batch: dict[str, Tensor], place
 # ---------------------------------------------------------------------------------------------
 
 
-def set_aside(log_dir: Path) -> None:
-    """Move an earlier run's files out of the way of a new one: nothing is overwritten."""
-    earlier = [*log_dir.glob('events.out.tfevents.*'), *log_dir.glob('checkpoints')]
-    if not earlier:
-        return
-    number = next(n for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
-    target = log_dir / f'run_{number}'
-    target.mkdir()
-    for path in earlier:
-        shutil.move(path, target)
-    print(f'the earlier run in {log_dir} is now in {target}')
+def open_log_dir(log_dir: Path, resume: Path | None) -> Path:
+    """Make the folder of the checkpoints and return it; a new run moves an earlier one aside.
+
+    Raises ConfigError when the folder cannot be written.
+    """
+    checkpoints = log_dir / 'checkpoints'
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if resume is None or resume.resolve().parent != checkpoints.resolve():
+            earlier = list(log_dir.glob('events.out.tfevents.*'))
+            if earlier or any(checkpoints.iterdir()):
+                aside = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
+                aside.mkdir()
+                for path in (*earlier, checkpoints):
+                    shutil.move(path, aside)
+                checkpoints.mkdir()
+                print(f'the earlier run in {log_dir} is now in {aside}')
+        tempfile.TemporaryFile(dir=checkpoints).close()
+    except OSError as error:
+        raise ConfigError(f'cannot write to {checkpoints} ({error.strerror}); choose another --log_dir') from error
+    return checkpoints
 
 
 def data_of(args: argparse.Namespace) -> dict:
@@ -396,8 +410,8 @@ def summary(scores: dict[str, float]) -> str:
     return '  '.join(f'{SCORES[name]} {value:.4f}' for name, value in scores.items())
 
 
-def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> dict[str, float]:
-    """--eval: print the scores of a checkpoint on the test split as a table."""
+def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> int:
+    """--eval: print the scores of a checkpoint on the test split as a table; returns the exit status."""
     model = build_model(checkpoint, args.resume).to(place.device)
     test = create_dataset(split='test', size=args.val_size, **data_of(args))
     scores = evaluate(model, wrap_in_loader(test, 32, shuffle=False), place, args.num_slots, args.num_iterations)
@@ -405,99 +419,106 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place
     print(f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n')
     print('  '.join(f'{SCORES[name]:>11}' for name in scores))
     print('  '.join(f'{value:11.4f}' for value in scores.values()))
-    return scores
+    return 0
 
 
 def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> int:
     """A whole run, new or resumed; returns the exit status."""
     torch.manual_seed(args.seed)
-    model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
-    if checkpoint is not None:
-        model = build_model(checkpoint, args.resume)
+    config = ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS})
+    model = SlotAttentionAutoEncoder(config) if checkpoint is None else build_model(checkpoint, args.resume)
     model = model.to(place.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     progress = Progress()
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint['training']['optimizer'])
         progress = Progress(**checkpoint['training']['progress'])
-
-    train_loader, val_loader = create_dataloader(
+    loaders = create_dataloader(
         args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
         args.train_size, args.val_size, args.seed, args.data_seed, args.num_workers,
         pin_memory=place.device.type == 'cuda',
     )  # fmt: skip
-    first_epoch = progress.step // len(train_loader)
+    first_epoch = progress.step // len(loaders[0])
     if first_epoch >= args.epochs:
-        raise ConfigError(
-            f'{args.resume} has {first_epoch} epochs behind it; give a larger --epochs than {args.epochs}'
-        )
-    checkpoints = args.log_dir / 'checkpoints'
-    args.log_dir.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        set_aside(args.log_dir)
-    checkpoints.mkdir(exist_ok=True)
-    config = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-    flags = {name: config[name] for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}
-
-    def save(name: str) -> None:
-        training = dict(args=flags, data=data_of(args), optimizer=optimizer.state_dict(), progress=asdict(progress))
-        save_checkpoint(checkpoints / name, model, **training)
+        raise ConfigError(f'{args.resume} has {first_epoch} epochs behind it: --epochs {args.epochs} leaves none to do')
+    checkpoints = open_log_dir(args.log_dir, args.resume)
 
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f'{args.architecture} model of {parameters:,} parameters on {place}; {args.train_size} images of {args.dataset}'
     )
-    print(f'tensorboard --logdir {args.log_dir}')
-    writer = SummaryWriter(args.log_dir, purge_step=progress.step + 1 if checkpoint else None)
-    writer.add_text('configuration', '\n'.join(['|flag|value|', '|-|-|', *(f'|{k}|{v}|' for k, v in config.items())]))
-    shown = next(iter(val_loader))
-    shown = {name: values[:6] for name, values in shown.items()}
-    with writer, Stop() as stop:
+    print(f'watch it with: tensorboard --logdir {args.log_dir}', flush=True)
+    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
+    saved_flags = {name: flags[name] for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}
+
+    def save(name: str) -> None:
+        training = dict(
+            args=saved_flags, data=data_of(args), progress=asdict(progress), optimizer=optimizer.state_dict()
+        )
+        save_checkpoint(checkpoints / name, model, **training)
+
+    with SummaryWriter(args.log_dir, purge_step=progress.step + 1 if checkpoint else None) as writer, Stop() as stop:
+        writer.add_text(
+            'configuration', '\n'.join(['|flag|value|', '|-|-|', *(f'|{k}|{v}|' for k, v in flags.items())])
+        )
         for epoch in range(first_epoch, args.epochs):
-            train_one_epoch(model, train_loader, optimizer, progress, args, place, writer, stop)
-            if stop.signal is not None and progress.step % len(train_loader):
-                break
-            train_loss, progress.epoch_loss = progress.epoch_loss / len(train_loader), 0.0
-            scores = evaluate(model, val_loader, place)
-            for name, value in scores.items():
-                writer.add_scalar(f'val/{name}', value, progress.step)
-            log_figures(model, shown, place, writer, progress.step)
-            tqdm.write(
-                f'epoch {epoch + 1:3d}  {progress.seconds / 60:5.1f} min  train loss {train_loss:.4f}  val {summary(scores)}  '
-                f'{progress.step * args.batch_size / progress.seconds:.0f} images/s'
-            )
-            score = scores.get('fg_ari', -scores['mse'])
-            if score > progress.best:
-                progress.best = score
-                save('best_model.pth')
+            train_one_epoch(model, loaders[0], optimizer, progress, args, place, writer, stop)
+            if progress.step % len(loaders[0]) == 0:
+                scores = finish_epoch(model, loaders, progress, args, place, writer)
+                score = scores.get('fg_ari', -scores['mse'])
+                if score > progress.best:
+                    progress.best = score
+                    save('best_model.pth')
+                if args.save_every and (epoch + 1) % args.save_every == 0:
+                    save(f'checkpoint_epoch_{epoch + 1}.pth')
             save('last.pth')
-            if args.save_every and (epoch + 1) % args.save_every == 0:
-                save(f'checkpoint_epoch_{epoch + 1}.pth')
             if stop.signal is not None:
-                break
-        if stop.signal is not None:
-            save('last.pth')
-            print(f'stopped at step {progress.step}; go on with: python train.py --resume {checkpoints / "last.pth"}')
-            return 128 + stop.signal
-        writer.add_hparams(config, {f'final/{name}': value for name, value in scores.items()}, run_name='.')
+                last = checkpoints / 'last.pth'
+                print(f'stopped at step {progress.step}; to go on: python train.py --resume {last}')
+                return 128 + stop.signal
+        writer.add_hparams(saved_flags, {f'final/{name}': value for name, value in scores.items()}, run_name='.')
     print(f'best validation score {progress.best:.4f}: {checkpoints / "best_model.pth"}')
     return 0
 
 
+def finish_epoch(
+    model: SlotAttentionAutoEncoder,
+    loaders: tuple[DataLoader, DataLoader],
+    progress: Progress,
+    args: argparse.Namespace,
+    place: Place,
+    writer: SummaryWriter,
+) -> dict[str, float]:
+    """Validate, log and print the epoch that has just ended; returns the validation scores."""
+    train_loader, val_loader = loaders
+    train_loss, progress.epoch_loss = progress.epoch_loss / len(train_loader), 0.0
+    scores = evaluate(model, val_loader, place)
+    for name, value in scores.items():
+        writer.add_scalar(f'val/{name}', value, progress.step)
+    log_figures(model, next(iter(val_loader)), place, writer, progress.step)
+    minutes, rate = progress.seconds / 60, progress.step * args.batch_size / progress.seconds
+    print(
+        f'epoch {progress.step // len(train_loader):3d}  {minutes:5.1f} min  train loss {train_loss:.4f}  '
+        f'val {summary(scores)}  {rate:.0f} images/s',
+        flush=True,
+    )
+    return scores
+
+
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit status. Raises ConfigError, CheckpointError, DataError, TrainingError, OSError."""
-    place = Place.choose(args.device, args.amp)
-    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-    args = settle(args, checkpoint and checkpoint['training']['args'])
-    if args.eval:
-        evaluate_checkpoint(args, checkpoint, place)
-        return 0
-    return train(args, checkpoint, place)
+    """Train or score as asked; returns the exit status. A user's mistake becomes one line and a 2."""
+    try:
+        place = Place.choose(args.device, args.amp)
+        checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+        args = settle(args, checkpoint and checkpoint['training']['args'])
+        return (evaluate_checkpoint if args.eval else train)(args, checkpoint, place)
+    except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:
+        print(f'train.py: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted before the first step: nothing to save', file=sys.stderr)
+        return 130
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(parse_args()))
-    except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(parse_args()))

@@ -317,27 +317,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    path = args.checkpoint or newest_checkpoint(args.log_dir)
-    if path is None:
-        print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model (python train.py trains one)')
-        torch.manual_seed(args.seed)
-        model = SlotAttentionAutoEncoder(ModelConfig()).eval()
-        data = {'dataset_type': 'shapes', 'resolution': model.config.resolution}
-    else:
-        print(f'rendering {path}')
-        checkpoint = load_checkpoint(path)
-        model = build_model(checkpoint, path)
-        data = checkpoint['training']['data']
-    dataset = create_dataset(split='val', size=args.num_images, **data)
-    batch = dataset.__getitems__(list(range(args.num_images)))
-    for path in render(model, batch, args.output_dir, args.num_slots, args.num_iterations, args.seed):
-        print(path)
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status; a user's mistake becomes one line and a 2."""
+    try:
+        path = args.checkpoint or newest_checkpoint(args.log_dir)
+        if path is None:
+            print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model (python train.py trains one)')
+            torch.manual_seed(args.seed)
+            model = SlotAttentionAutoEncoder(ModelConfig()).eval()
+            data = {'dataset_type': 'shapes', 'resolution': model.config.resolution}
+        else:
+            print(f'rendering {path}')
+            checkpoint = load_checkpoint(path)
+            model = build_model(checkpoint, path)
+            data = checkpoint['training']['data']
+        dataset = create_dataset(split='val', size=args.num_images, **data)
+        batch = dataset.__getitems__(list(range(args.num_images)))
+        for path in render(model, batch, args.output_dir, args.num_slots, args.num_iterations, args.seed):
+            print(path)
+    except (ConfigError, CheckpointError, DataError, OSError) as error:
+        print(f'visualize.py: error: {error}', file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':
-    try:
-        main(parse_args())
-    except (ConfigError, CheckpointError, DataError, OSError) as error:
-        print(f'visualize.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(parse_args()))

@@ -1,0 +1,15 @@
+"""Tests run from any folder, on one thread, and draw the same random numbers each time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny tensors: a second thread only costs

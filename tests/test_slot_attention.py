@@ -1,0 +1,368 @@
+"""The model against the paper's equations and tables, the scores against brute force."""
+
+import itertools
+import math
+import os
+import pickle
+
+import pytest
+import torch
+
+from slot_attention import (
+    CheckpointError,
+    ConfigError,
+    ModelConfig,
+    SlotAttention,
+    SlotAttentionAutoEncoder,
+    adjusted_rand_index,
+    fg_ari,
+    load_checkpoint,
+    load_model,
+    mean_best_overlap,
+    save_checkpoint,
+    segmentation_scores,
+)
+
+MODES = list(itertools.product(('gaussian', 'learned'), ('full', 'first_order')))
+
+
+def small_model(**changes):
+    return SlotAttentionAutoEncoder(ModelConfig(**{'resolution': 16, 'hidden_dim': 8, 'slot_dim': 16} | changes))
+
+
+def module(**changes):
+    return SlotAttention(**{'input_dim': 12, 'num_slots': 4, 'slot_dim': 8, 'mlp_dim': 16} | changes).double()
+
+
+# Algorithm 1
+
+
+def test_one_iteration_follows_algorithm_1_written_out_number_by_number():
+    sa = module()
+    for p in sa.parameters():  # biases and gains too must matter
+        torch.nn.init.normal_(p, std=0.5)
+    inputs, start = torch.randn(2, 5, 12).double(), torch.randn(2, 4, 8).double()
+    slots, attn = sa(inputs, num_iterations=1, slots=start)
+
+    def norm(x, layer):
+        x = (x - x.mean()) / (x.var(unbiased=False) + 1e-3).sqrt()
+        return x * layer.weight + layer.bias
+
+    gru = sa.gru
+    for b in range(2):
+        x = torch.stack([norm(v, sa.norm_inputs) for v in inputs[b]])
+        k, v = x @ sa.project_k.weight.T, x @ sa.project_v.weight.T
+        q = torch.stack([norm(s, sa.norm_slots) for s in start[b]]) @ sa.project_q.weight.T
+        M = torch.stack([torch.stack([(k[n] @ q[j]) / math.sqrt(8) for j in range(4)]) for n in range(5)])  # [N, K]
+        A = M.exp() / M.exp().sum(dim=1, keepdim=True)
+        assert torch.allclose(attn[b, 0], A.T)
+        W = (A + 1e-8) / (A + 1e-8).sum(dim=0, keepdim=True)
+        for j in range(4):
+            u, h = (W[:, j : j + 1] * v).sum(0), start[b, j]
+            i = (gru.weight_ih @ u + gru.bias_ih).chunk(3)
+            g = (gru.weight_hh @ h + gru.bias_hh).chunk(3)
+            reset, update = torch.sigmoid(i[0] + g[0]), torch.sigmoid(i[1] + g[1])
+            h = (1 - update) * torch.tanh(i[2] + reset * g[2]) + update * h
+            y = norm(h, sa.norm_mlp)
+            hidden = torch.relu(sa.mlp[0].weight @ y + sa.mlp[0].bias)
+            expected = h + sa.mlp[2].weight @ hidden + sa.mlp[2].bias
+            assert torch.allclose(slots[b, j], expected)
+
+
+def test_permuting_slots_permutes_outputs_and_permuting_inputs_changes_nothing():
+    sa = module()
+    inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
+    slots, attn = sa(inputs, slots=start)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted, permuted_attn = sa(inputs, slots=start[:, order])
+    assert torch.allclose(permuted, slots[:, order])
+    assert torch.allclose(permuted_attn, attn[:, :, order])
+    places = torch.randperm(9)
+    shuffled, shuffled_attn = sa(inputs[:, places], slots=start)
+    assert torch.allclose(shuffled, slots)
+    assert torch.allclose(shuffled_attn, attn[..., places])
+
+
+def test_attention_of_every_iteration_sums_to_one_over_the_slots():
+    _, attn = module()(torch.randn(2, 9, 12).double(), num_slots=6, num_iterations=5)
+    assert attn.shape == (2, 5, 6, 9)
+    assert torch.allclose(attn.sum(2), torch.ones(2, 5, 9).double())
+    assert not torch.allclose(attn[:, 0], attn[:, 4])
+
+
+@pytest.mark.parametrize('slot_init', ['gaussian', 'learned'])
+def test_gradient_modes_agree_in_the_forward_pass_and_in_the_last_iteration(slot_init):
+    full, first = (module(slot_init=slot_init, gradient=gradient) for gradient in ('full', 'first_order'))
+    first.load_state_dict(full.state_dict())
+    inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
+    assert torch.allclose(full(inputs, slots=start)[0], first(inputs, slots=start)[0])
+
+    first(inputs, slots=start)[0].square().sum().backward()
+    with torch.no_grad():
+        before_last = full(inputs, num_iterations=2, slots=start)[0]
+    full(inputs, num_iterations=1, slots=before_last)[0].square().sum().backward()
+    for (name, a), b in zip(full.named_parameters(), first.parameters(), strict=True):
+        assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad), name
+
+
+@pytest.mark.parametrize(('slot_init', 'gradient'), MODES)
+def test_gradient_reaches_every_parameter(slot_init, gradient):
+    model = small_model(slot_init=slot_init, gradient=gradient)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    (model(images).recons - images).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_gaussian_slots_have_the_mean_and_the_spread_they_learned():
+    sa = module()
+    sa.slots_mu.data.fill_(3.0)
+    sa.slots_log_sigma.data.fill_(-1.0)
+    slots = sa.initial_slots(500, 40)
+    assert abs(slots.mean() - 3) < 0.01
+    assert abs(slots.std() - math.exp(-1)) < 0.01
+
+
+def test_a_generator_decides_the_noise():
+    sa, inputs = module(), torch.randn(1, 9, 12).double()
+    draws = [sa(inputs, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_initialisation_is_that_of_the_reference_code():
+    sa = SlotAttention(input_dim=32, slot_dim=64)
+    limit = math.sqrt(6 / 65)  # Glorot with fan_in 1 and fan_out D
+    for p in (sa.slots_mu, sa.slots_log_sigma):
+        assert 0.8 * limit < p.abs().max() <= limit
+    assert torch.allclose(sa.gru.weight_hh.T @ sa.gru.weight_hh, torch.eye(64), atol=1e-5)
+    assert sa.gru.weight_ih.abs().max() <= math.sqrt(6 / (64 + 3 * 64))
+    model = small_model()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            assert layer.eps == 1e-3, name
+        elif isinstance(getattr(layer, 'bias', None), torch.Tensor):
+            assert layer.bias.abs().sum() == 0, name
+
+
+# The autoencoder
+
+
+def test_outputs_are_named_shaped_and_normalised_as_documented():
+    model = small_model(num_slots=5)
+    output = model(torch.rand(3, 3, 16, 16))
+    recons, masks, slots, attn = output
+    assert recons is output.recons and recons.shape == (3, 3, 16, 16)
+    assert masks.shape == (3, 5, 1, 16, 16) and slots.shape == (3, 5, 16) and attn.shape == (3, 3, 5, 8, 8)
+    assert torch.allclose(masks.sum(1), torch.ones(3, 1, 16, 16), atol=1e-6)
+    rgbs, decoded_masks = model.decode(slots)
+    assert torch.equal(masks, decoded_masks)
+    assert torch.allclose((rgbs * masks).sum(1), recons)
+
+
+@pytest.mark.parametrize('num_slots', [1, 2, 11])
+def test_fewer_and_more_slots_and_iterations_at_test_time(num_slots):
+    output = small_model()(torch.rand(2, 3, 16, 16), num_slots=num_slots, num_iterations=5)
+    assert output.masks.shape[1] == output.slots.shape[1] == num_slots
+    assert output.attn.shape[1:3] == (5, num_slots)
+
+
+def test_learned_slots_can_be_fewer_but_not_more():
+    model = small_model(slot_init='learned')
+    assert model(torch.rand(1, 3, 16, 16), num_slots=3).slots.shape[1] == 3
+    with pytest.raises(ConfigError, match='7 learned slots and cannot use 8'):
+        model(torch.rand(1, 3, 16, 16), num_slots=8)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model = small_model(slot_init='learned').eval()
+    images = torch.rand(4, 3, 16, 16)
+    assert torch.allclose(model(images).recons[2:3], model(images[2:3]).recons, atol=1e-5)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r'must be \[B, 3, 16, 16\], not \[1, 3, 32, 32\]'):
+        small_model()(torch.rand(1, 3, 32, 32))
+
+
+def conv(kernel, inputs, outputs):
+    return kernel * kernel * inputs * outputs + outputs
+
+
+def dense(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+# Encoder: Tables 6 and 7, 4 convolutions, position embedding, layer norm, MLP.
+# Decoder: Table 4 (4 with stride 2, 1 with stride 1, the last 3x3) and Table 5 (3 and the last).
+CLEVR = ([conv(5, 3, 64)] + 3 * [conv(5, 64, 64)], 5 * [conv(5, 64, 64)] + [conv(3, 64, 4)])
+SPRITES = (
+    [conv(5, 3, 32)] + 3 * [conv(5, 32, 32)],
+    [conv(5, 64, 32)] + 2 * [conv(5, 32, 32)] + [conv(3, 32, 4)],
+)
+PAPER = [(128, 64, *CLEVR, 8), (64, 32, *SPRITES, 64), (35, 32, *SPRITES, 35)]
+
+
+@pytest.mark.parametrize(('resolution', 'hidden', 'encoder', 'decoder', 'broadcast'), PAPER)
+def test_paper_architecture_has_the_parameters_of_its_tables(resolution, hidden, encoder, decoder, broadcast):
+    model = SlotAttentionAutoEncoder(ModelConfig('paper', resolution, hidden_dim=hidden))
+
+    def counts(layers):
+        return [sum(p.numel() for p in layer.parameters()) for layer in layers if list(layer.parameters())]
+
+    assert counts(model.encoder.conv) == encoder
+    assert counts(model.encoder.mlp) == 2 * [dense(hidden, hidden)]
+    assert counts([model.encoder.position, model.encoder.norm]) == [dense(4, hidden), 2 * hidden]
+    assert counts(model.decoder.conv) == decoder
+    assert model.decoder.position.grid.shape == (broadcast, broadcast, 4)
+    D = 64
+    attention = 2 * D + 2 * hidden + 2 * D + 2 * D  # mu and log sigma; three layer norms
+    attention += D * D + 2 * hidden * D  # q, k, v
+    attention += 2 * (3 * D * D + 3 * D)  # GRU
+    attention += dense(D, 128) + dense(128, D)
+    assert counts([model.slot_attention]) == [attention]
+
+
+@pytest.mark.parametrize(
+    ('architecture', 'resolution'),
+    [('fast', r) for r in (16, 17, 30, 35, 64, 101, 256)] + [('paper', r) for r in (16, 35, 64, 80, 128)],
+)
+def test_resolutions_that_can_be_produced(architecture, resolution):
+    model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution, num_slots=2, hidden_dim=4))
+    assert model(torch.rand(1, 3, resolution, resolution)).recons.shape == (1, 3, resolution, resolution)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(architecture='paper', resolution=100), 'nearest that work: 96, 112'),
+        (dict(resolution=8), 'nearest that work: 16, 17'),
+        (dict(resolution=300), 'nearest that work: 255, 256'),
+        (dict(num_slots=0), 'num_slots must be at least 1'),
+        (dict(num_iterations=0), 'num_iterations must be at least 1'),
+        (dict(architecture='slow'), 'architecture must be one of fast, paper'),
+        (dict(slot_init='zeros'), 'slot_init must be one of'),
+    ],
+)
+def test_configurations_that_make_no_model_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**changes)
+
+
+# Scores
+
+
+def brute_force_ari(a, b):
+    """Every pair of places is together or apart in a and in b (Hubert & Arabie 1985)."""
+    both = only_a = only_b = neither = 0
+    for i, j in itertools.combinations(range(len(a)), 2):
+        together = (a[i] == a[j], b[i] == b[j])
+        both += together == (True, True)
+        only_a += together == (True, False)
+        only_b += together == (False, True)
+        neither += together == (False, False)
+    pairs = both + only_a + only_b + neither
+    expected = (both + only_a) * (both + only_b) / pairs
+    maximum = (2 * both + only_a + only_b) / 2
+    return 1.0 if maximum == expected else (both - expected) / (maximum - expected)
+
+
+def test_ari_equals_a_count_of_all_pairs():
+    a, b = torch.randint(0, 4, (20, 6, 5)), torch.randint(0, 3, (20, 6, 5))
+    b[:10] = torch.where(torch.rand(10, 6, 5) < 0.7, a[:10], b[:10])
+    where = torch.rand(20, 6, 5) < 0.8
+    for i, score in enumerate(adjusted_rand_index(a, b, where).tolist()):
+        assert score == pytest.approx(brute_force_ari(a[i][where[i]].tolist(), b[i][where[i]].tolist()))
+
+
+def one_hot_masks(labels, num_slots):
+    return torch.nn.functional.one_hot(labels, num_slots).permute(0, 3, 1, 2)[:, :, None].float()
+
+
+def test_scores_of_a_perfect_a_blind_and_an_empty_scene():
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    labels[0, :2], labels[0, 4:6, :4] = 1, 2
+    perfect = segmentation_scores(labels, one_hot_masks((labels + 1) % 3, 3))
+    assert {name: value.item() for name, value in perfect.items()} == {'fg_ari': 1, 'ari': 1, 'mbo': 1}
+    blind = one_hot_masks(torch.zeros_like(labels), 3)  # one slot takes everything
+    assert fg_ari(labels, blind).item() == 0
+    assert mean_best_overlap(labels, blind).item() == pytest.approx((16 / 64 + 8 / 64) / 2)
+    single = (labels == 1).long()
+    assert fg_ari(single, one_hot_masks(single, 2)).item() == 1  # one object, found whole
+    assert fg_ari(single, one_hot_masks(torch.arange(64).view(1, 8, 8) % 2, 2)).item() == 0  # split
+    for score in segmentation_scores(torch.zeros_like(labels), blind).values():
+        assert score.isnan().item() or score.item() == 1  # no foreground: only ARI has an answer
+
+
+def test_mean_best_overlap_by_hand():
+    labels = torch.tensor([[[1, 1, 1, 1, 2, 2, 0, 0]]])
+    slots = torch.tensor([[[0, 0, 0, 1, 1, 1, 2, 2]]])
+    # object 1: slot 0 has 3 of 4 and nothing else; object 2: slot 1 has both and one more
+    assert mean_best_overlap(labels, one_hot_masks(slots, 3)).item() == pytest.approx((3 / 4 + 2 / 3) / 2)
+
+
+def test_scores_do_not_depend_on_how_slots_and_objects_are_numbered():
+    labels, slots = torch.randint(0, 5, (4, 8, 8)), torch.randint(0, 6, (4, 8, 8))
+    renamed = torch.tensor([0, 3, 1, 4, 2])[labels]
+    moved = torch.tensor([5, 2, 0, 1, 3, 4])[slots]
+    first = segmentation_scores(labels, one_hot_masks(slots, 6))
+    second = segmentation_scores(renamed, one_hot_masks(moved, 6))
+    for name in first:
+        assert torch.allclose(first[name], second[name]), name
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_brings_back_model_and_training_state(tmp_path):
+    model = small_model(slot_init='learned', num_slots=3).eval()
+    save_checkpoint(tmp_path / 'a.pth', model, step=7)
+    assert load_checkpoint(tmp_path / 'a.pth')['training'] == {'step': 7}
+    images = torch.rand(2, 3, 16, 16)
+    restored = load_model(tmp_path / 'a.pth')
+    assert restored.config == model.config
+    assert torch.equal(restored(images).recons, model(images).recons)
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path):
+    path = tmp_path / 'a.pth'
+    save_checkpoint(path, small_model(), step=1)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint(path, small_model(), step=lambda: 2)  # cannot be pickled
+    assert load_checkpoint(path)['training'] == {'step': 1}
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ('executed',)
+
+
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'truncated', 'text', 'foreign', 'code', 'config', 'weights'])
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'a.pth'
+    save_checkpoint(path, small_model(), step=1)
+    whole = path.read_bytes()
+    checkpoint = torch.load(path)
+    if damage == 'missing':
+        path.unlink()
+    elif damage == 'empty':
+        path.write_bytes(b'')
+    elif damage == 'truncated':
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == 'text':
+        path.write_text('not a checkpoint')
+    elif damage == 'foreign':
+        torch.save({'state_dict': {}}, path)
+    elif damage == 'code':
+        torch.save({'format': RunsCode()}, path)
+    elif damage == 'config':
+        torch.save(checkpoint | {'config': {'layers': 3}}, path)
+    elif damage == 'weights':
+        torch.save(checkpoint | {'model': {}}, path)
+    with pytest.raises(CheckpointError, match=r'a\.pth') as error:
+        load_model(path)
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'executed').exists()

@@ -1,0 +1,265 @@
+"""Runs of train.py: they learn, stop, resume to the bit, and refuse what makes no sense."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from slot_attention import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    '--resolution 16 --hidden_dim 8 --slot_dim 16 --num_slots 3 --max_objects 2 --min_objects 1 --train_size 48 '
+    '--val_size 16 --batch_size 8 --log_every 2 --warmup_steps 4 --device cpu'
+).split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*flags):
+    return train.main(train.parse_args([str(flag) for flag in flags]))
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def assert_same_checkpoint(a, b):
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    for name in a['model']:
+        assert torch.equal(a['model'][name], b['model'][name]), name
+    first, second = (c['training']['optimizer']['state'] for c in (a, b))
+    for index in first:
+        for name in first[index]:
+            assert torch.equal(first[index][name], second[index][name]), (index, name)
+    for name in ('step', 'best', 'epoch_loss'):
+        assert a['training']['progress'][name] == b['training']['progress'][name], name
+
+
+def test_learning_rate_warms_up_and_halves():
+    def rate(step):
+        return train.learning_rate(step, lr=1e-3, warmup_steps=10, decay_steps=100)
+
+    assert rate(0) == pytest.approx(1e-4)
+    assert rate(4) == pytest.approx(5e-4 * 0.5**0.04)
+    assert rate(100) == pytest.approx(5e-4) and rate(300) == pytest.approx(1.25e-4)
+    assert train.learning_rate(10**6, lr=1e-3, warmup_steps=0, decay_steps=0) == 1e-3
+
+
+def test_a_run_learns_logs_and_keeps_checkpoints(capsys):
+    assert run(*SMALL, '--epochs', 4, '--save_every', 2, '--lr', 3e-3) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith('epoch')]
+    assert len(lines) == 4
+    for word in ('train loss', 'MSE', 'FG-ARI', 'ARI', 'mBO', 'consistency', 'images/s'):
+        assert word in lines[-1]
+    names = {'last.pth', 'best_model.pth', 'checkpoint_epoch_2.pth', 'checkpoint_epoch_4.pth'}
+    assert set(os.listdir('logs/checkpoints')) == names
+    loss = scalars('logs', 'train/loss')
+    assert list(loss) == list(range(2, 25, 2))
+    assert loss[24] < 0.8 * loss[2]
+    for tag in ('train/lr', 'train/grad_norm', 'system/images_per_second', 'val/fg_ari', 'val/mbo', 'val/consistency'):
+        assert all(math.isfinite(value) for value in scalars('logs', tag).values())
+    events = EventAccumulator('logs').Reload().Tags()
+    assert {'slots/decomposition', 'slots/attention'} <= set(events['images'])
+    assert 'configuration/text_summary' in events['tensors'] and 'final/fg_ari' in events['scalars']
+
+
+@pytest.mark.parametrize('architecture', ['fast', 'paper'])
+def test_a_resumed_run_equals_one_that_never_stopped(architecture):
+    flags = [*SMALL, '--architecture', architecture, '--slot_init', 'gaussian']
+    run(*flags, '--epochs', 3, '--log_dir', 'straight')
+    run(*flags, '--epochs', 1, '--log_dir', 'stopped')
+    assert run('--epochs', 3, '--resume', 'stopped/checkpoints/last.pth', '--log_every', 2) == 0
+    assert_same_checkpoint('straight/checkpoints/last.pth', 'stopped/checkpoints/last.pth')
+    assert scalars('straight', 'train/loss') == scalars('stopped', 'train/loss')
+    assert scalars('straight', 'val/mse') == scalars('stopped', 'val/mse')
+
+
+class StopAt(train.Stop):
+    """A signal that comes during a given step."""
+
+    step = 9
+
+    def __init__(self):
+        super().__init__()
+        self.looked = 0
+
+    @property
+    def signal(self):
+        self.looked += 1
+        return signal.SIGTERM if self.looked > 2 * self.step else None
+
+    @signal.setter
+    def signal(self, value):
+        pass
+
+
+def test_a_run_stopped_within_an_epoch_continues_there(monkeypatch, capsys):
+    run(*SMALL, '--epochs', 3, '--log_dir', 'straight')
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'Stop', StopAt)
+        assert run(*SMALL, '--epochs', 3, '--log_dir', 'stopped') == 128 + signal.SIGTERM
+    assert 'python train.py --resume stopped/checkpoints/last.pth' in capsys.readouterr().out
+    step = load_checkpoint('stopped/checkpoints/last.pth')['training']['progress']['step']
+    assert step % 6 != 0
+    assert run('--resume', 'stopped/checkpoints/last.pth') == 0
+    assert_same_checkpoint('straight/checkpoints/last.pth', 'stopped/checkpoints/last.pth')
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on():
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--epochs', '1000']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('epoch   1'):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert 'to go on: python train.py --resume logs/checkpoints/last.pth' in out
+    assert 'Traceback' not in err
+    assert load_checkpoint('logs/checkpoints/last.pth')['training']['progress']['step'] >= 6
+
+
+def test_eval_prints_a_table_and_may_use_other_slots_and_iterations(capsys):
+    run(*SMALL, '--epochs', 1, '--slot_init', 'gaussian')
+    before = Path('logs/checkpoints/best_model.pth').read_bytes()
+    capsys.readouterr()
+    assert run('--eval', '--resume', 'logs/checkpoints/best_model.pth', '--num_slots', 5, '--num_iterations', 4) == 0
+    printed = capsys.readouterr().out
+    assert '16 test images of shapes, 5 slots, 4 iterations' in printed
+    header, values = printed.splitlines()[-2:]
+    assert header.split() == ['MSE', 'FG-ARI', 'ARI', 'mBO', 'consistency'] and len(values.split()) == 5
+    assert Path('logs/checkpoints/best_model.pth').read_bytes() == before
+
+
+def test_a_new_run_moves_the_earlier_one_aside(capsys):
+    for _ in range(3):
+        run(*SMALL, '--epochs', 1, '--save_every', 0)
+    assert set(os.listdir('logs/run_1/checkpoints')) == {'best_model.pth', 'last.pth'}
+    assert Path('logs/run_2').exists() and not Path('logs/run_3').exists()
+    assert 'the earlier run in logs is now in logs/run_2' in capsys.readouterr().out
+    before = Path('logs/checkpoints/last.pth').read_bytes()
+    assert run('--resume', 'logs/run_1/checkpoints/last.pth', '--epochs', 2) == 0  # goes on where it lies
+    assert Path('logs/checkpoints/last.pth').read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(monkeypatch, capsys):
+    run(*SMALL, '--epochs', 1)
+    before = Path('logs/checkpoints/last.pth').read_bytes()
+    mse, calls = train.F.mse_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return mse(*args) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train.F, 'mse_loss', poisoned)
+    assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 2) == 2
+    error = capsys.readouterr().err
+    assert 'the loss is nan at step 9' in error and error.count('\n') == 1
+    assert Path('logs/checkpoints/last.pth').read_bytes() == before
+
+
+def test_sources_without_masks_train_and_report_no_segmentation_score(monkeypatch, capsys):
+    whole = train.create_dataloader.__globals__['to_batch']
+    monkeypatch.setitem(train.create_dataloader.__globals__, 'to_batch', lambda images, labels: whole(images))
+    assert run(*SMALL, '--epochs', 1) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('epoch'))
+    assert 'MSE' in line and 'consistency' in line and 'ARI' not in line and 'mBO' not in line
+    best = load_checkpoint('logs/checkpoints/best_model.pth')['training']['progress']['best']
+    assert best == -scalars('logs', 'val/mse')[6] or best == pytest.approx(-scalars('logs', 'val/mse')[6])
+
+
+def test_bfloat16_autocast_trains(capsys):
+    assert run(*SMALL, '--epochs', 1, '--amp', 'on') == 0
+    assert 'bfloat16' in capsys.readouterr().out
+
+
+# A user's mistakes: one line, exit code 2, nothing written
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--architecture', 'paper', '--resolution', 100], 'nearest that work: 96, 112'),
+        (['--resolution', 8], 'nearest that work: 16, 17'),
+        (['--min_objects', 5, '--max_objects', 3], 'min_objects (5) and max_objects (3)'),
+        (['--num_slots', 0], 'num_slots must be at least 1'),
+        (['--batch_size', 0], 'batch_size must be at least 1'),
+        (['--batch_size', 64, '--train_size', 32], 'batch_size (64) must not exceed'),
+        (['--dataset', 'clevr6'], 'clevr_with_masks_train.tfrecords'),
+        (['--resume', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
+        (['--log_dir', 'file/logs'], 'cannot write to file/logs/checkpoints'),
+        pytest.param(
+            ['--device', 'cuda'], 'finds no CUDA GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='GPU')
+        ),
+    ],
+)
+def test_mistakes_cost_one_line_and_nothing_is_written(capsys, flags, message):
+    Path('file').write_text('in the way')
+    assert run(*SMALL, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith('train.py: error: ') and error.count('\n') == 1
+    assert os.listdir() == ['file']
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--lr', -1], '--lr must be at least 0'),
+        (['--lr', 'nan'], '--lr must be at least 0'),
+        (['--epochs', 0], '--epochs must be at least 1'),
+        (['--seed', -1], '--seed must be at least 0'),
+        (['--eval'], '--eval needs --resume PATH'),
+        (['--dataset', 'mnist'], "invalid choice: 'mnist'"),
+        (['--epoch', 3], 'unrecognized arguments'),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(capsys):
+    run(*SMALL, '--epochs', 1)
+    before = Path('logs/checkpoints/last.pth').read_bytes()
+    for flag, given, saved in (('num_slots', 5, 3), ('resolution', 32, 16), ('train_size', 64, 48), ('seed', 1, 0)):
+        capsys.readouterr()
+        assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 2, f'--{flag}', given) == 2
+        error = capsys.readouterr().err
+        assert f'--{flag} {given} contradicts' in error and f'{flag} {saved}' in error and error.count('\n') == 1
+    assert run('--resume', 'logs/checkpoints/last.pth') == 2
+    assert '--epochs 1 leaves none to do' in capsys.readouterr().err
+    assert Path('logs/checkpoints/last.pth').read_bytes() == before
+    assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 2, '--lr', 1e-5) == 0
+    assert 'lr: 0.001 in the checkpoint, 1e-05 from now on' in capsys.readouterr().out
+
+
+def test_the_script_exits_with_2_and_no_traceback():
+    flags = ['--min_objects', '9']
+    result = subprocess.run([sys.executable, ROOT / 'train.py', *flags], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count('\n') == 1 and 'Traceback' not in result.stderr
+
+
+def test_help_names_every_default():
+    start = time.time()
+    result = subprocess.run([sys.executable, ROOT / 'train.py', '--help'], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and time.time() - start < 60
+    for name in train.MODEL_FLAGS + train.DATA_FLAGS + train.OPTIMISATION_FLAGS:
+        assert f'--{name}' in result.stdout
+    assert result.stdout.count('(default') == result.stdout.count('\n  --') - 3  # not --resume, --eval, --help
