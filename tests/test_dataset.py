@@ -148,7 +148,7 @@ def test_workers_give_the_same_batches():
 )
 def test_impossible_loaders_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
-        create_dataloader(**{'train_size': 8, 'val_size': 2, 'resolution': 16} | changes)
+        create_dataloader(**{'train_size': 8, 'val_size': 2, 'batch_size': 4, 'resolution': 16} | changes)
 
 
 # Command line
