@@ -10,6 +10,7 @@ called "the paper" below. Letters in shape comments: B images, K slots, D slot s
 N = h * w places of the encoder's grid, C feature channels, H x W pixels.
 """
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,17 +36,18 @@ class ConfigError(ValueError):
 class ModelConfig:
     """Everything that is needed to rebuild a model; it travels in every checkpoint.
 
-    architecture   'fast': strided encoder, decoder that upsamples to the last layer;
+    architecture   'fast': strided encoder, and a decoder without a full-size hidden layer;
                    'paper': Tables 4 and 6 of the paper above 64 pixels, Tables 5 and 7 up to 64
     resolution     side of the square images, pixels
     num_slots      slots K in training; another number can be given per call
     slot_dim       size D of a slot
     num_iterations iterations T of Slot Attention
-    hidden_dim     channels of the encoder's and the decoder's convolutions
+    hidden_dim     channels of the encoder's and the decoder's hidden layers
     slot_init      'gaussian': every slot drawn from one learned Gaussian (the paper);
                    'learned': one learned vector per slot (BO-QSA, arXiv 2210.08990)
     gradient       'full': through all T iterations (the paper); 'first_order': through the last
                    one only (Chang et al. 2022, arXiv 2207.00787)
+    damping        keeps slots empty that win little attention, see SlotAttention; 0: the paper
 
     Raises ConfigError, in one line that names the field, for values that make no model.
     """
@@ -58,6 +60,7 @@ class ModelConfig:
     hidden_dim: int = 64
     slot_init: str = 'gaussian'
     gradient: str = 'full'
+    damping: float = 0.0
 
     def __post_init__(self):
         for name, allowed in (
@@ -70,6 +73,8 @@ class ModelConfig:
         for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if not 0 <= self.damping < math.inf:
+            raise ConfigError(f'damping must be at least 0, not {self.damping}')
         possible = [r for r in range(MIN_RESOLUTION, MAX_RESOLUTION + 1) if _can_produce(self.architecture, r)]
         if self.resolution not in possible:
             nearest = sorted(sorted(possible, key=lambda r: abs(r - self.resolution))[:2])
@@ -105,11 +110,12 @@ class SlotAttention(nn.Module):
         mlp_dim: int = 128,
         slot_init: str = 'gaussian',
         gradient: str = 'full',
+        damping: float = 0.0,
         epsilon: float = 1e-8,
     ):
         super().__init__()
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
-        self.slot_init, self.gradient, self.epsilon = slot_init, gradient, epsilon
+        self.slot_init, self.gradient, self.damping, self.epsilon = slot_init, gradient, damping, epsilon
 
         if slot_init == 'gaussian':
             self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
@@ -207,7 +213,8 @@ class SlotAttention(nn.Module):
         logits = q @ k.transpose(1, 2) * D**-0.5  # [B, K, N]
         attn = logits.softmax(dim=1)  # over the slots: they compete
         weights = attn + self.epsilon
-        weights = weights / weights.sum(dim=2, keepdim=True)  # over the inputs: a weighted mean
+        won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
+        weights = weights / (won + self.damping * attn.shape[2])  # over the inputs: a weighted mean
         updates = weights @ v  # [B, K, D]
         slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
         slots = slots + self.mlp(self.norm_mlp(slots))
@@ -296,20 +303,46 @@ class Decoder(nn.Module):
         return self.conv(self.position(slots[:, :, None, None]))
 
 
+class PatchDecoder(nn.Module):
+    """Slots [M, D] -> colours and mask logit [M, 4, H, W], a PATCH x PATCH square at a time.
+
+    A spatial broadcast decoder whose layers see one place each: an MLP of the slot and the
+    place's position gives the pixels of a square. There is no hidden layer at the full size, and
+    all is matrix products. The last squares are cut where the resolution is no multiple of PATCH.
+    """
+
+    PATCH = 4
+
+    def __init__(self, resolution: int, slot_dim: int, channels: int, num_layers: int = 3):
+        super().__init__()
+        self.resolution, self.grid_size = resolution, -(-resolution // self.PATCH)
+        self.slot = nn.Linear(slot_dim, channels)
+        self.position = SoftPositionEmbed(channels, self.grid_size)
+        layers = []
+        for _ in range(num_layers - 1):
+            layers += [nn.ReLU(), nn.Linear(channels, channels)]
+        self.mlp = nn.Sequential(*layers, nn.ReLU(), nn.Linear(channels, 4 * self.PATCH**2))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        # The first layer is linear in slot and position: once per slot, once per place, added.
+        hidden = self.position(self.slot(slots)[:, :, None, None])  # [M, C, g, g]
+        patches = self.mlp(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [M, 4 * 16, g, g]
+        return nn.functional.pixel_shuffle(patches, self.PATCH)[:, :, : self.resolution, : self.resolution]
+
+
 def _build_encoder(config: ModelConfig) -> Encoder:
     if config.architecture == 'paper':
         return Encoder(config.resolution, config.hidden_dim, strides=(1, 1, 1, 1), kernel_size=5)
-    return Encoder(config.resolution, config.hidden_dim, strides=(2, 1, 1, 1), kernel_size=3)
+    return Encoder(config.resolution, config.hidden_dim, strides=(2, 2, 1, 1), kernel_size=3)
 
 
-def _build_decoder(config: ModelConfig) -> Decoder:
+def _build_decoder(config: ModelConfig) -> nn.Module:
     C = config.hidden_dim
     if config.architecture == 'fast':
-        layers = [(5, 2, C), (5, 2, C), (5, 2, 4)]
-    elif config.resolution > 64:  # Table 4
-        layers = 4 * [(5, 2, C)] + [(5, 1, C), (3, 1, 4)]
-    else:  # Table 5
-        layers = 3 * [(5, 1, C)] + [(3, 1, 4)]
+        return PatchDecoder(config.resolution, config.slot_dim, 2 * C)
+    clevr = 4 * [(5, 2, C)] + [(5, 1, C), (3, 1, 4)]  # Table 4
+    small = 3 * [(5, 1, C)] + [(3, 1, 4)]  # Table 5
+    layers = clevr if config.resolution > 64 else small
     return Decoder(config.resolution, config.slot_dim, layers)
 
 
@@ -340,6 +373,7 @@ class SlotAttentionAutoEncoder(nn.Module):
             mlp_dim=2 * config.slot_dim,
             slot_init=config.slot_init,
             gradient=config.gradient,
+            damping=config.damping,
         )
         self.decoder = _build_decoder(config)
         _keras_init(self.encoder)
@@ -451,6 +485,17 @@ def mean_best_overlap(labels: Tensor, masks: Tensor) -> Tensor:
     iou = (table / union.clamp(min=1)).amax(dim=2)[:, 1:]  # [B, objects]
     in_sight = table.sum(2)[:, 1:] > 0
     return (iou * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
+
+
+def slot_usage(masks: Tensor) -> Tensor:
+    """How widely an image is shared out over its slots, [B]: sum_k sqrt(share of slot k).
+
+    masks [B, K, 1, H, W]. From 1 (one slot has it all) to sqrt(K) (equal shares); its square is the
+    effective number of slots (Renyi entropy of order 1/2). Concave in every share: two slots with
+    halves of an object count for more than one with all of it, so its gradient breaks such ties.
+    """
+    shares = masks.float().mean(dim=(2, 3, 4))  # [B, K]
+    return (shares + 1e-4).sqrt().sum(dim=1)  # 1e-4: the gradient of an empty slot stays finite
 
 
 def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ from slot_attention import (
     save_checkpoint,
     segmentation,
     segmentation_scores,
+    slot_usage,
 )
 from visualize import visualize_attention_evolution, visualize_slots
 
@@ -50,12 +51,12 @@ from visualize import visualize_attention_evolution, visualize_slots
 # every 100,000 steps; 'fast' is what was measured to learn shapes soonest (README, "What was tried").
 RECIPES = {
     'fast': dict(
-        hidden_dim=32, slot_init='learned', gradient='first_order', batch_size=16, lr=1e-3,
-        warmup_steps=300, decay_steps=10_000, clip=1.0, epochs=40,
+        hidden_dim=32, slot_init='learned', gradient='first_order', damping=1 / 32, epochs=32, batch_size=16, lr=2e-3,
+        warmup_steps=300, decay_steps=5_000, clip=1.0, sparsity=0.01,
     ),
     'paper': dict(
-        hidden_dim=64, slot_init='gaussian', gradient='full', batch_size=32, lr=4e-4,
-        warmup_steps=10_000, decay_steps=100_000, clip=0.0, epochs=100,
+        hidden_dim=64, slot_init='gaussian', gradient='full', damping=0.0, epochs=100, batch_size=64, lr=4e-4,
+        warmup_steps=10_000, decay_steps=100_000, clip=0.0, sparsity=0.0,
     ),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -64,7 +65,7 @@ DEFAULTS = dict(
 )  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
 DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
-OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip')
+OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'sparsity')
 SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
 
 
@@ -98,56 +99,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'resolution', int, 'side of the square images, pixels')
     add(group, 'max_objects', int, 'most objects in an image')
     add(group, 'min_objects', int, 'fewest objects in an image')
-    add(group, 'train_size', int, 'training images')
-    add(group, 'val_size', int, 'validation images, and test images with --eval')
-    add(group, 'data_seed', int, 'decides what is drawn')
+    add(group, 'train_size', at_least(1), 'training images')
+    add(group, 'val_size', at_least(1), 'validation images, and test images with --eval')
+    add(group, 'data_seed', at_least(0), 'decides what is drawn')
     group = parser.add_argument_group('model')
     add(group, 'architecture', str, "layers: 'paper' has those of its Tables 4-7", choices=tuple(RECIPES))
     add(group, 'num_slots', int, 'slots: one for the background and one for each object at least')
     add(group, 'slot_dim', int, 'size of a slot')
     add(group, 'num_iterations', int, 'iterations of Slot Attention')
     add(group, 'hidden_dim', int, 'channels of encoder and decoder')
-    add(
-        group, 'slot_init', str, 'one Gaussian for all slots, or a learned vector each', choices=('gaussian', 'learned')
-    )
+    add(group, 'slot_init', str, 'one Gaussian for all, or a learned vector each', choices=('gaussian', 'learned'))
     add(group, 'gradient', str, 'through all iterations, or the last one only', choices=('full', 'first_order'))
+    add(group, 'damping', float, 'a slot that wins less attention than this share of the image is hardly updated')
     group = parser.add_argument_group('optimisation')
-    add(group, 'epochs', int, 'passes over the training images')
+    add(group, 'epochs', at_least(1), 'passes over the training images')
     add(group, 'batch_size', int, 'images per step')
-    add(group, 'lr', float, 'peak learning rate of Adam')
-    add(group, 'warmup_steps', int, 'steps of linear warm-up')
-    add(group, 'decay_steps', int, 'steps in which the learning rate halves; 0: never')
-    add(group, 'clip', float, 'largest norm of the gradient; 0: no clipping')
-    add(group, 'seed', int, 'decides initial weights, order of the images and slot noise')
+    add(group, 'lr', at_least(0, float), 'peak learning rate of Adam')
+    add(group, 'warmup_steps', at_least(0), 'steps of linear warm-up')
+    add(group, 'decay_steps', at_least(0), 'steps in which the learning rate halves; 0: never')
+    add(group, 'clip', at_least(0, float), 'largest norm of the gradient; 0: no clipping')
+    add(group, 'sparsity', at_least(0, float), 'weight of the penalty that makes spare slots let go of objects')
+    add(group, 'seed', at_least(0), 'decides initial weights, order of the images and slot noise')
     group = parser.add_argument_group('logging')
     add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
-    add(group, 'log_every', int, 'steps between two points of the training curves', default=50)
-    add(group, 'save_every', int, 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
+    add(group, 'log_every', at_least(1), 'steps between two points of the training curves', default=50)
+    add(group, 'save_every', at_least(0), 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
     add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval', metavar='PATH')
     group.add_argument('--eval', action='store_true', help='score --resume on the test images and stop')
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
-    add(
-        group,
-        'amp',
-        str,
-        'bfloat16; auto: where the device computes in it',
-        default='auto',
-        choices=('auto', 'on', 'off'),
-    )
-    add(group, 'num_workers', int, 'processes that load batches; 0: none, the data are in memory', default=0)
+    add(group, 'amp', str, 'bfloat16; auto: where it is fast', default='auto', choices=('auto', 'on', 'off'))
+    add(group, 'num_workers', at_least(0), 'processes that load batches; 0: none, the data are in memory', default=0)
 
     args = parser.parse_args(argv)
     if args.eval and args.resume is None:
         parser.error('--eval needs --resume PATH, the checkpoint to score')
-    least = dict.fromkeys(
-        ('lr', 'warmup_steps', 'decay_steps', 'clip', 'save_every', 'num_workers', 'seed', 'data_seed'), 0
-    )
-    for name, lowest in (least | dict.fromkeys(('epochs', 'log_every', 'val_size'), 1)).items():
-        value = getattr(args, name)
-        if value is not None and not (value >= lowest and math.isfinite(value)):
-            parser.error(f'--{name} must be at least {lowest}, not {value}')
     return args
+
+
+def at_least(lowest: int, number: type = int):
+    """An argparse type: a finite number that is not below `lowest`."""
+
+    def parse(text: str):
+        value = number(text)
+        if not (value >= lowest and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f'must be at least {lowest}, not {text}')
+        return value
+
+    parse.__name__ = number.__name__  # argparse names the type when the text is no number
+    return parse
 
 
 def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Namespace:
@@ -262,6 +262,19 @@ def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int) -> 
     return lr * warmup * (0.5 ** (step / decay_steps) if decay_steps else 1.0)
 
 
+def usage_loss(masks: Tensor, mse: Tensor, images: Tensor) -> Tensor:
+    """Slot usage, weighed by how far learning has come, so that spare slots let go of objects.
+
+    With e the share of the images' variance that is explained, the weight is 4 e (1 - e): nothing
+    while there are no objects yet (a penalty would merge all slots into one), most while slots sort
+    out which object is whose, nothing again when only the outlines are left to learn (a penalty
+    would shrink the objects). No gradient flows through the weight.
+    """
+    variance = images.var(dim=(2, 3), correction=0).mean()
+    explained = (1 - mse.detach() / variance).clamp(0, 1)
+    return 4 * explained * (1 - explained) * slot_usage(masks).mean()
+
+
 def train_one_epoch(
     model: SlotAttentionAutoEncoder,
     loader: DataLoader,
@@ -288,14 +301,15 @@ def train_one_epoch(
             group['lr'] = lr
         images = batch['image'].to(place.device, non_blocking=True)
         with place.autocast():
-            recons = model(images, generator=place.generator(args.seed, progress.step)).recons
-        loss = F.mse_loss(recons.float(), images)
+            recons, masks, _, _ = model(images, generator=place.generator(args.seed, progress.step))
+        mse = F.mse_loss(recons.float(), images)
+        loss = mse + args.sparsity * usage_loss(masks, mse, images) if args.sparsity else mse
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         progress.step += 1
-        waiting.append(torch.stack([loss.detach(), norm]))
+        waiting.append(torch.stack([mse.detach(), norm]))
         bar.update()
 
         end = progress.step % len(loader) == 0 or stop.signal is not None

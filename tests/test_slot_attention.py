@@ -12,6 +12,7 @@ from slot_attention import (
     CheckpointError,
     ConfigError,
     ModelConfig,
+    PatchDecoder,
     SlotAttention,
     SlotAttentionAutoEncoder,
     adjusted_rand_index,
@@ -21,6 +22,7 @@ from slot_attention import (
     mean_best_overlap,
     save_checkpoint,
     segmentation_scores,
+    slot_usage,
 )
 
 MODES = list(itertools.product(('gaussian', 'learned'), ('full', 'first_order')))
@@ -90,6 +92,20 @@ def test_attention_of_every_iteration_sums_to_one_over_the_slots():
     assert not torch.allclose(attn[:, 0], attn[:, 4])
 
 
+def test_damping_leaves_alone_what_wins_little_and_hardly_touches_what_wins_much():
+    sa = module(damping=0.5)
+    start = torch.randn(1, 4, 8).double()
+    k, v = torch.zeros(1, 10, 8).double(), torch.randn(1, 10, 8).double()
+    received = []
+    sa.gru.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    _, attn = sa.step(start, k, v)  # equal logits: every slot wins 10 / 4 inputs
+    assert torch.allclose(attn, torch.full_like(attn, 1 / 4))
+    assert torch.allclose(received[0], v.mean(1).expand(4, 8) * 2.5 / (2.5 + 0.5 * 10))
+    sa.damping = 0.0
+    sa.step(start, k, v)
+    assert torch.allclose(received[1], v.mean(1).expand(4, 8))
+
+
 @pytest.mark.parametrize('slot_init', ['gaussian', 'learned'])
 def test_gradient_modes_agree_in_the_forward_pass_and_in_the_last_iteration(slot_init):
     full, first = (module(slot_init=slot_init, gradient=gradient) for gradient in ('full', 'first_order'))
@@ -153,7 +169,7 @@ def test_outputs_are_named_shaped_and_normalised_as_documented():
     output = model(torch.rand(3, 3, 16, 16))
     recons, masks, slots, attn = output
     assert recons is output.recons and recons.shape == (3, 3, 16, 16)
-    assert masks.shape == (3, 5, 1, 16, 16) and slots.shape == (3, 5, 16) and attn.shape == (3, 3, 5, 8, 8)
+    assert masks.shape == (3, 5, 1, 16, 16) and slots.shape == (3, 5, 16) and attn.shape == (3, 3, 5, 4, 4)
     assert torch.allclose(masks.sum(1), torch.ones(3, 1, 16, 16), atol=1e-6)
     rgbs, decoded_masks = model.decode(slots)
     assert torch.equal(masks, decoded_masks)
@@ -242,6 +258,7 @@ def test_resolutions_that_can_be_produced(architecture, resolution):
         (dict(num_iterations=0), 'num_iterations must be at least 1'),
         (dict(architecture='slow'), 'architecture must be one of fast, paper'),
         (dict(slot_init='zeros'), 'slot_init must be one of'),
+        (dict(damping=-1.0), 'damping must be at least 0'),
     ],
 )
 def test_configurations_that_make_no_model_are_refused(changes, message):
@@ -249,7 +266,27 @@ def test_configurations_that_make_no_model_are_refused(changes, message):
         ModelConfig(**changes)
 
 
+def test_the_patch_decoder_is_an_mlp_of_slot_and_position():
+    decoder = PatchDecoder(resolution=10, slot_dim=6, channels=8)
+    slots = torch.randn(2, 6)
+    image = decoder(slots)
+    assert image.shape == (2, 4, 10, 10)  # a grid of 3 x 3 squares, cut to size
+    place = torch.tensor([0.5, 1, 0.5, 0])  # x, y, 1 - x, 1 - y of the middle of the bottom row
+    hidden = decoder.slot(slots[1]) + decoder.position.dense(place)
+    square = decoder.mlp(hidden).view(4, 4, 4)
+    assert torch.allclose(image[1, :, 8:, 4:8], square[:, :2], atol=1e-6)
+
+
 # Scores
+
+
+def test_slot_usage_counts_slots_and_prefers_one_to_two_halves():
+    def usage(*shares):
+        return slot_usage(torch.tensor(shares).view(1, -1, 1, 1, 1).expand(1, len(shares), 1, 4, 4)).item()
+
+    assert usage(1.0, 0.0, 0.0) == pytest.approx(1, abs=0.03)
+    assert usage(0.25, 0.25, 0.25, 0.25) == pytest.approx(2, abs=1e-3)
+    assert usage(0.8, 0.2, 0.0) < usage(0.8, 0.15, 0.05) < usage(0.8, 0.1, 0.1)
 
 
 def brute_force_ari(a, b):

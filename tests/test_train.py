@@ -58,6 +58,16 @@ def test_learning_rate_warms_up_and_halves():
     assert train.learning_rate(10**6, lr=1e-3, warmup_steps=0, decay_steps=0) == 1e-3
 
 
+def test_usage_loss_acts_between_the_first_objects_and_the_last_outlines():
+    images = torch.rand(4, 3, 8, 8)
+    variance = images.var(dim=(2, 3), correction=0).mean()
+    tied, one = torch.full((4, 2, 1, 8, 8), 0.5), torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1).expand(4, 2, 1, 8, 8)
+    for explained, weight in ((-0.2, 0), (0, 0), (0.5, 1), (0.9, 0.36), (1, 0)):
+        mse = (1 - explained) * variance
+        assert train.usage_loss(tied, mse, images).item() == pytest.approx(weight * 2**0.5, abs=1e-3)
+        assert train.usage_loss(one, mse, images).item() == pytest.approx(weight, abs=0.02)
+
+
 def test_a_run_learns_logs_and_keeps_checkpoints(capsys):
     assert run(*SMALL, '--epochs', 4, '--save_every', 2, '--lr', 3e-3) == 0
     printed = capsys.readouterr().out
@@ -218,10 +228,11 @@ def test_mistakes_cost_one_line_and_nothing_is_written(capsys, flags, message):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--lr', -1], '--lr must be at least 0'),
-        (['--lr', 'nan'], '--lr must be at least 0'),
-        (['--epochs', 0], '--epochs must be at least 1'),
-        (['--seed', -1], '--seed must be at least 0'),
+        (['--lr', -1], 'argument --lr: must be at least 0'),
+        (['--lr', 'nan'], 'argument --lr: must be at least 0'),
+        (['--epochs', 0], 'argument --epochs: must be at least 1'),
+        (['--seed', -1], 'argument --seed: must be at least 0'),
+        (['--clip', 'much'], "invalid float value: 'much'"),
         (['--eval'], '--eval needs --resume PATH'),
         (['--dataset', 'mnist'], "invalid choice: 'mnist'"),
         (['--epoch', 3], 'unrecognized arguments'),
