@@ -487,17 +487,6 @@ def mean_best_overlap(labels: Tensor, masks: Tensor) -> Tensor:
     return (iou * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
 
 
-def slot_usage(masks: Tensor) -> Tensor:
-    """How widely an image is shared out over its slots, [B]: sum_k sqrt(share of slot k).
-
-    masks [B, K, 1, H, W]. From 1 (one slot has it all) to sqrt(K) (equal shares); its square is the
-    effective number of slots (Renyi entropy of order 1/2). Concave in every share: two slots with
-    halves of an object count for more than one with all of it, so its gradient breaks such ties.
-    """
-    shares = masks.float().mean(dim=(2, 3, 4))  # [B, K]
-    return (shares + 1e-4).sqrt().sum(dim=1)  # 1e-4: the gradient of an empty slot stays finite
-
-
 def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """FG-ARI, ARI and mBO of each image, each [B]; arguments as in fg_ari()."""
     return {

@@ -43,7 +43,6 @@ from slot_attention import (
     save_checkpoint,
     segmentation,
     segmentation_scores,
-    slot_usage,
 )
 from visualize import visualize_attention_evolution, visualize_slots
 
@@ -51,12 +50,12 @@ from visualize import visualize_attention_evolution, visualize_slots
 # every 100,000 steps; 'fast' is what was measured to learn shapes soonest (README, "What was tried").
 RECIPES = {
     'fast': dict(
-        hidden_dim=32, slot_init='learned', gradient='first_order', damping=1 / 32, epochs=32, batch_size=16, lr=2e-3,
-        warmup_steps=300, decay_steps=5_000, clip=1.0, sparsity=0.01,
+        hidden_dim=32, slot_init='learned', gradient='first_order', damping=1 / 32, epochs=24, batch_size=16, lr=2e-3,
+        warmup_steps=300, decay_steps=3_000, clip=1.0,
     ),
     'paper': dict(
         hidden_dim=64, slot_init='gaussian', gradient='full', damping=0.0, epochs=100, batch_size=64, lr=4e-4,
-        warmup_steps=10_000, decay_steps=100_000, clip=0.0, sparsity=0.0,
+        warmup_steps=10_000, decay_steps=100_000, clip=0.0,
     ),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -65,7 +64,7 @@ DEFAULTS = dict(
 )  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
 DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
-OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'sparsity')
+OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip')
 SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
 
 
@@ -118,7 +117,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'warmup_steps', at_least(0), 'steps of linear warm-up')
     add(group, 'decay_steps', at_least(0), 'steps in which the learning rate halves; 0: never')
     add(group, 'clip', at_least(0, float), 'largest norm of the gradient; 0: no clipping')
-    add(group, 'sparsity', at_least(0, float), 'weight of the penalty that makes spare slots let go of objects')
     add(group, 'seed', at_least(0), 'decides initial weights, order of the images and slot noise')
     group = parser.add_argument_group('logging')
     add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
@@ -262,19 +260,6 @@ def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int) -> 
     return lr * warmup * (0.5 ** (step / decay_steps) if decay_steps else 1.0)
 
 
-def usage_loss(masks: Tensor, mse: Tensor, images: Tensor) -> Tensor:
-    """Slot usage, weighed by how far learning has come, so that spare slots let go of objects.
-
-    With e the share of the images' variance that is explained, the weight is 4 e (1 - e): nothing
-    while there are no objects yet (a penalty would merge all slots into one), most while slots sort
-    out which object is whose, nothing again when only the outlines are left to learn (a penalty
-    would shrink the objects). No gradient flows through the weight.
-    """
-    variance = images.var(dim=(2, 3), correction=0).mean()
-    explained = (1 - mse.detach() / variance).clamp(0, 1)
-    return 4 * explained * (1 - explained) * slot_usage(masks).mean()
-
-
 def train_one_epoch(
     model: SlotAttentionAutoEncoder,
     loader: DataLoader,
@@ -301,15 +286,14 @@ def train_one_epoch(
             group['lr'] = lr
         images = batch['image'].to(place.device, non_blocking=True)
         with place.autocast():
-            recons, masks, _, _ = model(images, generator=place.generator(args.seed, progress.step))
-        mse = F.mse_loss(recons.float(), images)
-        loss = mse + args.sparsity * usage_loss(masks, mse, images) if args.sparsity else mse
+            recons = model(images, generator=place.generator(args.seed, progress.step)).recons
+        loss = F.mse_loss(recons.float(), images)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         progress.step += 1
-        waiting.append(torch.stack([mse.detach(), norm]))
+        waiting.append(torch.stack([loss.detach(), norm]))
         bar.update()
 
         end = progress.step % len(loader) == 0 or stop.signal is not None

@@ -22,7 +22,6 @@ from slot_attention import (
     mean_best_overlap,
     save_checkpoint,
     segmentation_scores,
-    slot_usage,
 )
 
 MODES = list(itertools.product(('gaussian', 'learned'), ('full', 'first_order')))
@@ -278,15 +277,6 @@ def test_the_patch_decoder_is_an_mlp_of_slot_and_position():
 
 
 # Scores
-
-
-def test_slot_usage_counts_slots_and_prefers_one_to_two_halves():
-    def usage(*shares):
-        return slot_usage(torch.tensor(shares).view(1, -1, 1, 1, 1).expand(1, len(shares), 1, 4, 4)).item()
-
-    assert usage(1.0, 0.0, 0.0) == pytest.approx(1, abs=0.03)
-    assert usage(0.25, 0.25, 0.25, 0.25) == pytest.approx(2, abs=1e-3)
-    assert usage(0.8, 0.2, 0.0) < usage(0.8, 0.15, 0.05) < usage(0.8, 0.1, 0.1)
 
 
 def brute_force_ari(a, b):
