@@ -240,14 +240,19 @@ def _keras_init(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def position_grid(size: int) -> Tensor:
+    """(x, y, 1 - x, 1 - y) of every place of a size x size grid, in [0, 1]: [size, size, 4]."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing='ij')
+    return torch.stack([x, y, 1 - x, 1 - y], dim=-1)
+
+
 class SoftPositionEmbed(nn.Module):
     """Adds a learned linear map of (x, y, 1 - x, 1 - y), each in [0, 1] (paper Appendix E.2)."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
         self.dense = nn.Linear(4, channels)
-        y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing='ij')
-        self.register_buffer('grid', torch.stack([x, y, 1 - x, 1 - y], dim=-1), persistent=False)
+        self.register_buffer('grid', position_grid(size), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, h, w] (or anything that broadcasts to it, as [B, C, 1, 1]) -> [B, C, h, w]."""
@@ -306,34 +311,37 @@ class Decoder(nn.Module):
 class PatchDecoder(nn.Module):
     """Slots [M, D] -> colours and mask logit [M, 4, H, W], a PATCH x PATCH square at a time.
 
-    A spatial broadcast decoder whose layers see one place each: an MLP of the slot and the
-    place's position gives the pixels of a square. There is no hidden layer at the full size, and
-    all is matrix products. The last squares are cut where the resolution is no multiple of PATCH.
+    A spatial broadcast decoder whose layers see one place each: an MLP of slot and position gives
+    the pixels of a square. There is no hidden layer at the full size, and all is matrix products.
+    The slot makes the map of the position (x, y, 1 - x, 1 - y) itself: every unit of the first
+    layer is a half-plane that the slot turns and shifts as it likes, which is what the outlines of
+    objects are made of. The last squares are cut where PATCH does not divide the resolution.
     """
 
     PATCH = 4
 
     def __init__(self, resolution: int, slot_dim: int, channels: int, num_layers: int = 3):
         super().__init__()
-        self.resolution, self.grid_size = resolution, -(-resolution // self.PATCH)
-        self.slot = nn.Linear(slot_dim, channels)
-        self.position = SoftPositionEmbed(channels, self.grid_size)
+        self.resolution, grid_size = resolution, -(-resolution // self.PATCH)
+        self.register_buffer('grid', position_grid(grid_size).flatten(0, 1), persistent=False)  # [g * g, 4]
+        self.half_planes = nn.Linear(slot_dim, 4 * channels)
         layers = []
         for _ in range(num_layers - 1):
             layers += [nn.ReLU(), nn.Linear(channels, channels)]
         self.mlp = nn.Sequential(*layers, nn.ReLU(), nn.Linear(channels, 4 * self.PATCH**2))
 
     def forward(self, slots: Tensor) -> Tensor:
-        # The first layer is linear in slot and position: once per slot, once per place, added.
-        hidden = self.position(self.slot(slots)[:, :, None, None])  # [M, C, g, g]
-        patches = self.mlp(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [M, 4 * 16, g, g]
-        return nn.functional.pixel_shuffle(patches, self.PATCH)[:, :, : self.resolution, : self.resolution]
+        hidden = self.grid @ self.half_planes(slots).unflatten(1, (4, -1))  # [M, g * g, C]
+        patches = self.mlp(hidden).transpose(1, 2)  # [M, 4 * PATCH * PATCH, g * g]
+        g = math.isqrt(len(self.grid))
+        image = nn.functional.pixel_shuffle(patches.unflatten(2, (g, g)), self.PATCH)
+        return image[:, :, : self.resolution, : self.resolution]
 
 
 def _build_encoder(config: ModelConfig) -> Encoder:
     if config.architecture == 'paper':
         return Encoder(config.resolution, config.hidden_dim, strides=(1, 1, 1, 1), kernel_size=5)
-    return Encoder(config.resolution, config.hidden_dim, strides=(2, 2, 1, 1), kernel_size=3)
+    return Encoder(config.resolution, config.hidden_dim, strides=(2, 1, 2, 1), kernel_size=3)
 
 
 def _build_decoder(config: ModelConfig) -> nn.Module:

@@ -51,11 +51,11 @@ from visualize import visualize_attention_evolution, visualize_slots
 RECIPES = {
     'fast': dict(
         hidden_dim=32, slot_init='learned', gradient='first_order', damping=1 / 32, epochs=24, batch_size=16, lr=2e-3,
-        warmup_steps=300, decay_steps=3_000, clip=1.0,
+        warmup_steps=300, decay_steps=3_000, clip=1.0, sharpness=0.02,
     ),
     'paper': dict(
         hidden_dim=64, slot_init='gaussian', gradient='full', damping=0.0, epochs=100, batch_size=64, lr=4e-4,
-        warmup_steps=10_000, decay_steps=100_000, clip=0.0,
+        warmup_steps=10_000, decay_steps=100_000, clip=0.0, sharpness=0.0,
     ),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -64,7 +64,7 @@ DEFAULTS = dict(
 )  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
 DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
-OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip')
+OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'sharpness')
 SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
 
 
@@ -117,6 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'warmup_steps', at_least(0), 'steps of linear warm-up')
     add(group, 'decay_steps', at_least(0), 'steps in which the learning rate halves; 0: never')
     add(group, 'clip', at_least(0, float), 'largest norm of the gradient; 0: no clipping')
+    add(group, 'sharpness', at_least(0, float), 'weight of the penalty on pixels that several slots share')
     add(group, 'seed', at_least(0), 'decides initial weights, order of the images and slot noise')
     group = parser.add_argument_group('logging')
     add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
@@ -260,6 +261,19 @@ def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int) -> 
     return lr * warmup * (0.5 ** (step / decay_steps) if decay_steps else 1.0)
 
 
+def sharpness_loss(masks: Tensor, mse: Tensor, images: Tensor) -> Tensor:
+    """How far the masks are from giving each pixel to one slot: mean of 1 - sum_k mask_k^2.
+
+    It breaks the tie of two slots that share an object half and half, which the reconstruction
+    does not see. Before there are objects it would give everything to one slot, so it is weighed
+    by the square of the share of the images' variance that is explained; no gradient flows there.
+    masks [B, K, 1, H, W], images [B, 3, H, W].
+    """
+    variance = images.var(dim=(2, 3), correction=0).mean()
+    explained = (1 - mse.detach() / variance).clamp(0, 1)
+    return explained**2 * (1 - masks.float().square().sum(dim=1)).mean()
+
+
 def train_one_epoch(
     model: SlotAttentionAutoEncoder,
     loader: DataLoader,
@@ -286,14 +300,15 @@ def train_one_epoch(
             group['lr'] = lr
         images = batch['image'].to(place.device, non_blocking=True)
         with place.autocast():
-            recons = model(images, generator=place.generator(args.seed, progress.step)).recons
-        loss = F.mse_loss(recons.float(), images)
+            recons, masks, _, _ = model(images, generator=place.generator(args.seed, progress.step))
+        mse = F.mse_loss(recons.float(), images)
+        loss = mse + args.sharpness * sharpness_loss(masks, mse, images) if args.sharpness else mse
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         progress.step += 1
-        waiting.append(torch.stack([loss.detach(), norm]))
+        waiting.append(torch.stack([mse.detach(), norm]))
         bar.update()
 
         end = progress.step % len(loader) == 0 or stop.signal is not None

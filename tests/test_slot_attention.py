@@ -271,7 +271,7 @@ def test_the_patch_decoder_is_an_mlp_of_slot_and_position():
     image = decoder(slots)
     assert image.shape == (2, 4, 10, 10)  # a grid of 3 x 3 squares, cut to size
     place = torch.tensor([0.5, 1, 0.5, 0])  # x, y, 1 - x, 1 - y of the middle of the bottom row
-    hidden = decoder.slot(slots[1]) + decoder.position.dense(place)
+    hidden = place @ decoder.half_planes(slots[1]).view(4, 8)
     square = decoder.mlp(hidden).view(4, 4, 4)
     assert torch.allclose(image[1, :, 8:, 4:8], square[:, :2], atol=1e-6)
 

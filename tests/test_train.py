@@ -58,6 +58,16 @@ def test_learning_rate_warms_up_and_halves():
     assert train.learning_rate(10**6, lr=1e-3, warmup_steps=0, decay_steps=0) == 1e-3
 
 
+def test_sharpness_loss_punishes_shared_pixels_once_there_is_something_to_share():
+    images = torch.rand(4, 3, 8, 8)
+    variance = images.var(dim=(2, 3), correction=0).mean()
+    tied, sole = torch.full((4, 2, 1, 8, 8), 0.5), torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1).expand(4, 2, 1, 8, 8)
+    for explained, weight in ((-0.2, 0), (0, 0), (0.5, 0.25), (1, 1)):
+        mse = (1 - explained) * variance
+        assert train.sharpness_loss(tied, mse, images).item() == pytest.approx(weight / 2, abs=1e-6)
+        assert train.sharpness_loss(sole, mse, images).item() == 0
+
+
 def test_a_run_learns_logs_and_keeps_checkpoints(capsys):
     assert run(*SMALL, '--epochs', 4, '--save_every', 2, '--lr', 3e-3) == 0
     printed = capsys.readouterr().out
