@@ -173,7 +173,7 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
                 )
         for name in OPTIMISATION_FLAGS:
             given = getattr(args, name)
-            if given is not None and given != saved[name]:
+            if given is not None and given != saved[name] and not args.eval:
                 print(f'{name}: {saved[name]} in the checkpoint, {given} from now on')
     for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS:
         if getattr(args, name) is None:
@@ -311,8 +311,8 @@ def train_one_epoch(
         waiting.append(torch.stack([mse.detach(), norm]))
         bar.update()
 
-        end = progress.step % len(loader) == 0 or stop.signal is not None
-        if end or progress.step % args.log_every == 0:
+        stopping = stop.signal is not None  # looked at once: it may come at any moment
+        if stopping or progress.step % args.log_every == 0 or progress.step % len(loader) == 0:
             losses, norms = torch.stack(waiting).double().cpu().T
             seconds = time.perf_counter() - start
             for i, value in enumerate(losses.tolist()):
@@ -330,7 +330,7 @@ def train_one_epoch(
             bar.set_postfix_str(f'loss {losses.mean():.4f}, {rate:.0f} images/s')
             progress.seconds += seconds
             waiting, start = [], time.perf_counter()
-        if stop.signal is not None:
+        if stopping:
             break
     bar.close()
 
@@ -523,6 +523,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         place = Place.choose(args.device, args.amp)
         checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+        if checkpoint is not None and not {'args', 'progress', 'optimizer'} <= checkpoint['training'].keys():
+            raise CheckpointError(f'{args.resume} holds a model but no training state: it cannot be resumed or scored')
         args = settle(args, checkpoint and checkpoint['training']['args'])
         return (evaluate_checkpoint if args.eval else train)(args, checkpoint, place)
     except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:

@@ -330,7 +330,11 @@ def main(args: argparse.Namespace) -> int:
             print(f'rendering {path}')
             checkpoint = load_checkpoint(path)
             model = build_model(checkpoint, path)
-            data = checkpoint['training']['data']
+            data = checkpoint['training'].get('data')
+            if data is None:
+                raise CheckpointError(
+                    f'{path} does not say what data it was trained on; call the functions from Python'
+                )
         dataset = create_dataset(split='val', size=args.num_images, **data)
         batch = dataset.__getitems__(list(range(args.num_images)))
         for path in render(model, batch, args.output_dir, args.num_slots, args.num_iterations, args.seed):

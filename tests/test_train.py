@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from slot_attention import load_checkpoint
+from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -110,7 +110,7 @@ class StopAt(train.Stop):
     @property
     def signal(self):
         self.looked += 1
-        return signal.SIGTERM if self.looked > 2 * self.step else None
+        return signal.SIGTERM if self.looked >= self.step else None
 
     @signal.setter
     def signal(self, value):
@@ -258,6 +258,12 @@ def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(capsy
     assert Path('logs/checkpoints/last.pth').read_bytes() == before
     assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 2, '--lr', 1e-5) == 0
     assert 'lr: 0.002 in the checkpoint, 1e-05 from now on' in capsys.readouterr().out
+
+
+def test_a_model_without_training_state_is_not_resumed(capsys):
+    save_checkpoint('model.pth', SlotAttentionAutoEncoder(ModelConfig(resolution=16, hidden_dim=8)))
+    assert run('--resume', 'model.pth') == 2
+    assert 'holds a model but no training state' in capsys.readouterr().err
 
 
 def test_the_script_exits_with_2_and_no_traceback():
