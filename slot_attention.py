@@ -262,17 +262,17 @@ class SoftPositionEmbed(nn.Module):
 class Encoder(nn.Module):
     """Image [B, 3, H, W] -> one vector per place of the grid [B, N, C] (Tables 6 and 7)."""
 
-    def __init__(self, resolution: int, channels: int, strides: tuple[int, ...], kernel_size: int):
+    def __init__(self, resolution: int, channels: list[int], strides: list[int], kernel_size: int):
         super().__init__()
-        layers, width, size = [], 3, resolution
-        for stride in strides:
-            layers += [nn.Conv2d(width, channels, kernel_size, stride, padding=kernel_size // 2), nn.ReLU()]
-            width, size = channels, -(-size // stride)
+        layers, size = [], resolution
+        for inputs, outputs, stride in zip([3, *channels], channels, strides, strict=False):
+            layers += [nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2), nn.ReLU()]
+            size = -(-size // stride)
         self.conv = nn.Sequential(*layers)
-        self.grid_size = size
-        self.position = SoftPositionEmbed(channels, size)
-        self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.grid_size, width = size, channels[-1]
+        self.position = SoftPositionEmbed(width, size)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.position(self.conv(images))  # [B, C, h, w]
@@ -339,15 +339,17 @@ class PatchDecoder(nn.Module):
 
 
 def _build_encoder(config: ModelConfig) -> Encoder:
+    C = config.hidden_dim
     if config.architecture == 'paper':
-        return Encoder(config.resolution, config.hidden_dim, strides=(1, 1, 1, 1), kernel_size=5)
-    return Encoder(config.resolution, config.hidden_dim, strides=(2, 1, 2, 1), kernel_size=3)
+        return Encoder(config.resolution, [C, C, C, C], strides=[1, 1, 1, 1], kernel_size=5)
+    # Half the channels where there are four times the places: both halves cost about the same.
+    return Encoder(config.resolution, [-(-C // 2), -(-C // 2), C, C], strides=[2, 1, 2, 1], kernel_size=3)
 
 
 def _build_decoder(config: ModelConfig) -> nn.Module:
     C = config.hidden_dim
     if config.architecture == 'fast':
-        return PatchDecoder(config.resolution, config.slot_dim, 2 * C)
+        return PatchDecoder(config.resolution, config.slot_dim, C)
     clevr = 4 * [(5, 2, C)] + [(5, 1, C), (3, 1, 4)]  # Table 4
     small = 3 * [(5, 1, C)] + [(3, 1, 4)]  # Table 5
     layers = clevr if config.resolution > 64 else small
