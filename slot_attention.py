@@ -282,25 +282,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Spatial broadcast decoder: slots [M, D] -> colours and mask logit [M, 4, H, W] (Tables 4, 5).
 
-    Every slot is copied to all places of a start_size x start_size grid, given its position, and
-    upsampled by transposed convolutions of (kernel, stride, channels).
+    Every slot is copied to all places of a coarse grid, given its position, and upsampled by
+    transposed convolutions of (kernel, stride, channels).
     """
 
     def __init__(self, resolution: int, slot_dim: int, layers: list[tuple[int, int, int]]):
         super().__init__()
-        sizes = [resolution]  # of every layer's output, from the last to the broadcast grid
-        for _, stride, _ in reversed(layers):
-            sizes.append(-(-sizes[-1] // stride))
-        sizes.reverse()
-        self.position = SoftPositionEmbed(slot_dim, sizes[0])
+        self.position = SoftPositionEmbed(slot_dim, resolution // math.prod(stride for _, stride, _ in layers))
         modules, width = [], slot_dim
-        for (kernel, stride, channels), size, out_size in zip(layers, sizes, sizes[1:], strict=False):
-            # Odd sizes are reached by leaving out the last row and column of the doubled grid.
-            output_padding = out_size - ((size - 1) * stride + 1)
-            modules += [
-                nn.ConvTranspose2d(width, channels, kernel, stride, kernel // 2, output_padding),
-                nn.ReLU(),
-            ]
+        for kernel, stride, channels in layers:
+            modules += [nn.ConvTranspose2d(width, channels, kernel, stride, kernel // 2, stride - 1), nn.ReLU()]
             width = channels
         self.conv = nn.Sequential(*modules[:-1])  # colours and logits are linear
 
