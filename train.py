@@ -52,10 +52,12 @@ RECIPES = {
     'fast': dict(
         hidden_dim=64, num_iterations=5, slot_init='learned', gradient='first_order', damping=1 / 32,
         epochs=18, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=2_500, clip=1.0, sharpness=0.05,
+        sharpness_steps=5_625,
     ),
     'paper': dict(
         hidden_dim=64, num_iterations=3, slot_init='gaussian', gradient='full', damping=0.0,
         epochs=100, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, clip=0.0, sharpness=0.0,
+        sharpness_steps=0,
     ),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -64,7 +66,16 @@ DEFAULTS = dict(
 )  # fmt: skip
 MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
 DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
-OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'sharpness')
+OPTIMISATION_FLAGS = (
+    'epochs',
+    'batch_size',
+    'lr',
+    'warmup_steps',
+    'decay_steps',
+    'clip',
+    'sharpness',
+    'sharpness_steps',
+)
 SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
 
 
@@ -118,6 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'decay_steps', at_least(0), 'steps in which the learning rate halves; 0: never')
     add(group, 'clip', at_least(0, float), 'largest norm of the gradient; 0: no clipping')
     add(group, 'sharpness', at_least(0, float), 'weight of the penalty on pixels that several slots share')
+    add(group, 'sharpness_steps', at_least(0), 'steps after which that penalty is switched off')
     add(group, 'seed', at_least(0), 'decides initial weights, order of the images and slot noise')
     group = parser.add_argument_group('logging')
     add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
@@ -302,7 +314,9 @@ def train_one_epoch(
         with place.autocast():
             recons, masks, _, _ = model(images, generator=place.generator(args.seed, progress.step))
         mse = F.mse_loss(recons.float(), images)
-        loss = mse + args.sharpness * sharpness_loss(masks, mse, images) if args.sharpness else mse
+        loss = mse
+        if args.sharpness and progress.step < args.sharpness_steps:
+            loss = loss + args.sharpness * sharpness_loss(masks, mse, images)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
