@@ -67,15 +67,8 @@ DEFAULTS = dict(
 MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
 DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
 OPTIMISATION_FLAGS = (
-    'epochs',
-    'batch_size',
-    'lr',
-    'warmup_steps',
-    'decay_steps',
-    'clip',
-    'sharpness',
-    'sharpness_steps',
-)
+    'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'sharpness', 'sharpness_steps',
+)  # fmt: skip
 SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
 
 
@@ -98,10 +91,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name in DEFAULTS:
             help += f' (default: {DEFAULTS[name]})'
         elif name in RECIPES['fast']:
-            values = [f'{recipe[name]} for {architecture}' for architecture, recipe in RECIPES.items()]
-            help += f' (default, set by the architecture: {", ".join(values)})'
+            values = [f'{architecture} {recipe[name]}' for architecture, recipe in RECIPES.items()]
+            help += f' (default by architecture: {", ".join(values)})'
         elif kwargs.get('default') is not None:
             help += f' (default: {kwargs["default"]})'
+        if 'choices' not in kwargs:
+            kwargs['metavar'] = {'int': 'N', 'float': 'X'}.get(type.__name__, 'PATH')
         group.add_argument(f'--{name}', type=type, help=help, **kwargs)
 
     group = parser.add_argument_group('data')
@@ -117,10 +112,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'num_slots', int, 'slots: one for the background and one for each object at least')
     add(group, 'slot_dim', int, 'size of a slot')
     add(group, 'num_iterations', int, 'iterations of Slot Attention')
-    add(group, 'hidden_dim', int, 'channels of encoder and decoder')
+    add(group, 'hidden_dim', int, 'channels of encoder and decoder; paper up to 64 pixels: 32')
     add(group, 'slot_init', str, 'one Gaussian for all, or a learned vector each', choices=('gaussian', 'learned'))
     add(group, 'gradient', str, 'through all iterations, or the last one only', choices=('full', 'first_order'))
-    add(group, 'damping', float, 'a slot that wins less attention than this share of the image is hardly updated')
+    add(group, 'damping', float, 'share of the image below which the attention that a slot wins hardly updates it')
     group = parser.add_argument_group('optimisation')
     add(group, 'epochs', at_least(1), 'passes over the training images')
     add(group, 'batch_size', int, 'images per step')
@@ -135,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
     add(group, 'log_every', at_least(1), 'steps between two points of the training curves', default=50)
     add(group, 'save_every', at_least(0), 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
-    add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval', metavar='PATH')
+    add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval')
     group.add_argument('--eval', action='store_true', help='score --resume on the test images and stop')
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
