@@ -51,7 +51,7 @@ from visualize import visualize_attention_evolution, visualize_slots
 RECIPES = {
     'fast': dict(
         hidden_dim=64, num_iterations=5, slot_init='learned', gradient='first_order', damping=1 / 32,
-        epochs=18, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=2_500, clip=1.0, sharpness=0.05,
+        epochs=11, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=2_500, clip=1.0, sharpness=0.05,
         sharpness_steps=5_625,
     ),
     'paper': dict(
