@@ -159,7 +159,8 @@ def at_least(lowest: int, number: type = int):
 def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Namespace:
     """Fill in what was not given: from the checkpoint's flags where there is one, else the recipe.
 
-    Raises ConfigError for a flag that contradicts the checkpoint. Optimisation flags may change on
+    Raises ConfigError for a flag that contradicts the checkpoint, CheckpointError for one that the
+    checkpoint should hold and does not. Optimisation flags may change on
     resuming; the number of slots and iterations may in --eval.
     """
     if saved is None:
@@ -168,6 +169,9 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
         if args.architecture == 'paper' and (args.resolution or DEFAULTS['resolution']) <= 64:
             recipe['hidden_dim'] = 32  # Tables 5 and 7
     else:
+        missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in saved]
+        if missing:
+            raise CheckpointError(f'{args.resume} is of another version: it does not say {", ".join(missing)}')
         recipe = saved
         folder = args.resume.parent
         args.log_dir = args.log_dir or (folder.parent if folder.name == 'checkpoints' else Path('logs'))

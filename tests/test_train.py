@@ -266,6 +266,15 @@ def test_a_model_without_training_state_is_not_resumed(capsys):
     assert 'holds a model but no training state' in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_version_is_named(capsys):
+    run(*SMALL, '--epochs', 1)
+    checkpoint = torch.load('logs/checkpoints/last.pth')
+    del checkpoint['training']['args']['clip']
+    torch.save(checkpoint, 'logs/checkpoints/last.pth')
+    assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 2) == 2
+    assert 'is of another version: it does not say clip' in capsys.readouterr().err
+
+
 def test_the_script_exits_with_2_and_no_traceback():
     flags = ['--min_objects', '9']
     result = subprocess.run([sys.executable, ROOT / 'train.py', *flags], capture_output=True, text=True, timeout=60)
