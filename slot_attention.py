@@ -6,8 +6,8 @@
     model = load_model('logs/checkpoints/best_model.pth')
 
 Follows Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
-called "the paper" below. Letters in shape comments: B images, K slots, D slot size, T iterations,
-N = h * w places of the encoder's grid, C feature channels, H x W pixels.
+called "the paper" below. Letters in shape comments: B images, K slots, M = B * K, D slot size, T
+iterations, N = h * w places of the encoder's grid, C feature channels, H x W pixels.
 """
 
 import math
@@ -99,6 +99,11 @@ class SlotAttention(nn.Module):
 
     Slots of the 'gaussian' initialisation are exchangeable, so their number may change from call
     to call; with 'learned' there are as many vectors as slots in training, and no more.
+
+    Algorithm 1 gives every slot a weighted mean of the inputs, however little attention it won: a
+    spare slot then lands on an object that another slot holds already. With `damping` c > 0 the sum
+    is divided by (attention won + c N) instead, so a slot that wins little stays as it was (in the
+    spirit of Krimmel et al. 2024, arXiv 2407.04170); 0 is Algorithm 1.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
     python train.py                                              # shapes, 64x64, 7 slots
     python train.py --epochs 4                                   # a first look, in minutes
-    python train.py --architecture paper --batch_size 64         # the paper's model and schedule
+    python train.py --architecture paper                         # the paper's model and schedule
     python train.py --resume logs/checkpoints/last.pth           # go on after a stop
-    python train.py --eval --resume logs/checkpoints/best_model.pth --num_slots 9
+    python train.py --eval --resume logs/checkpoints/best_model.pth --num_iterations 8
 
 The order of the images is a function of (seed, epoch), the slot noise of (seed, step), the learning
 rate of the step: a resumed run continues as if it had never stopped.
