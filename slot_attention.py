@@ -112,7 +112,7 @@ class SlotAttention(nn.Module):
         num_slots: int = 7,
         slot_dim: int = 64,
         num_iterations: int = 3,
-        mlp_dim: int = 128,
+        mlp_dim: int | None = None,
         slot_init: str = 'gaussian',
         gradient: str = 'full',
         damping: float = 0.0,
@@ -135,6 +135,7 @@ class SlotAttention(nn.Module):
         self.project_k = nn.Linear(input_dim, slot_dim, bias=False)
         self.project_v = nn.Linear(input_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
+        mlp_dim = mlp_dim or 2 * slot_dim  # 64 -> 128 -> 64 in the paper
         self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, slot_dim))
         self.reset_parameters()
 
@@ -316,21 +317,19 @@ class PatchDecoder(nn.Module):
 
     PATCH = 4
 
-    def __init__(self, resolution: int, slot_dim: int, channels: int, num_layers: int = 3):
+    def __init__(self, resolution: int, slot_dim: int, channels: int):
         super().__init__()
-        self.resolution, grid_size = resolution, -(-resolution // self.PATCH)
-        self.register_buffer('grid', position_grid(grid_size).flatten(0, 1), persistent=False)  # [g * g, 4]
+        self.resolution, self.grid_size = resolution, -(-resolution // self.PATCH)
+        self.register_buffer('grid', position_grid(self.grid_size).flatten(0, 1), persistent=False)  # [g * g, 4]
         self.half_planes = nn.Linear(slot_dim, 4 * channels)
-        layers = []
-        for _ in range(num_layers - 1):
-            layers += [nn.ReLU(), nn.Linear(channels, channels)]
-        self.mlp = nn.Sequential(*layers, nn.ReLU(), nn.Linear(channels, 4 * self.PATCH**2))
+        hidden = [nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU()]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(channels, 4 * self.PATCH**2))
 
     def forward(self, slots: Tensor) -> Tensor:
         hidden = self.grid @ self.half_planes(slots).unflatten(1, (4, -1))  # [M, g * g, C]
         patches = self.mlp(hidden).transpose(1, 2)  # [M, 4 * PATCH * PATCH, g * g]
-        g = math.isqrt(len(self.grid))
-        image = nn.functional.pixel_shuffle(patches.unflatten(2, (g, g)), self.PATCH)
+        patches = patches.unflatten(2, (self.grid_size, self.grid_size))
+        image = nn.functional.pixel_shuffle(patches, self.PATCH)
         return image[:, :, : self.resolution, : self.resolution]
 
 
@@ -371,38 +370,23 @@ class SlotAttentionAutoEncoder(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.encoder = _build_encoder(config)
-        self.slot_attention = SlotAttention(
-            input_dim=config.hidden_dim,
-            num_slots=config.num_slots,
-            slot_dim=config.slot_dim,
-            num_iterations=config.num_iterations,
-            mlp_dim=2 * config.slot_dim,
-            slot_init=config.slot_init,
-            gradient=config.gradient,
-            damping=config.damping,
-        )
+        shared = ('num_slots', 'slot_dim', 'num_iterations', 'slot_init', 'gradient', 'damping')
+        self.slot_attention = SlotAttention(config.hidden_dim, **{name: getattr(config, name) for name in shared})
         self.decoder = _build_decoder(config)
         _keras_init(self.encoder)
         _keras_init(self.decoder)
 
-    def encode(
-        self,
-        images: Tensor,
-        num_slots: int | None = None,
-        num_iterations: int | None = None,
-        slots: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor, **per_call) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
 
-        The other arguments are those of SlotAttention.forward. Raises ValueError for images that
-        are not of the model's resolution.
+        `per_call` are the keywords of SlotAttention.forward: num_slots, num_iterations, slots,
+        generator. Raises ValueError for images that are not of the model's resolution.
         """
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f'images must be [B, 3, {size}, {size}], not {list(images.shape)}')
         features = self.encoder(images)  # [B, N, C]
-        slots, attn = self.slot_attention(features, num_slots, num_iterations, slots, generator)
+        slots, attn = self.slot_attention(features, **per_call)
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -415,16 +399,9 @@ class SlotAttentionAutoEncoder(nn.Module):
         rgbs, logits = decoded.split([3, 1], dim=2)
         return rgbs, logits.softmax(dim=1)
 
-    def forward(
-        self,
-        images: Tensor,
-        num_slots: int | None = None,
-        num_iterations: int | None = None,
-        slots: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SlotAttentionOutput:
+    def forward(self, images: Tensor, **per_call) -> SlotAttentionOutput:
         """encode, decode, combine; arguments as in encode()."""
-        slots, attn = self.encode(images, num_slots, num_iterations, slots, generator)
+        slots, attn = self.encode(images, **per_call)
         rgbs, masks = self.decode(slots)
         return SlotAttentionOutput((rgbs * masks).sum(dim=1), masks, slots, attn)
 
@@ -459,10 +436,14 @@ def adjusted_rand_index(a: Tensor, b: Tensor, where: Tensor | None = None) -> Te
     agree (one object, found whole) score 1; an image where no place counts gives NaN.
     Arguments as in contingency_table().
     """
-    table = contingency_table(a, b, where).double()  # exact: counts of pairs stay below 2^53
+    return _ari_of_counts(contingency_table(a, b, where))
+
+
+def _ari_of_counts(table: Tensor) -> Tensor:
+    """contingency_table() [B, I, J] -> [B]. In float64 counts of pairs are exact, below 2^53."""
 
     def pairs(n: Tensor) -> Tensor:
-        return n * (n - 1) / 2
+        return n.double() * (n - 1) / 2
 
     total = pairs(table.sum((1, 2)))
     together = pairs(table).sum((1, 2))
@@ -473,33 +454,33 @@ def adjusted_rand_index(a: Tensor, b: Tensor, where: Tensor | None = None) -> Te
     return torch.where(table.sum((1, 2)) > 0, score, torch.nan)
 
 
-def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
-    """ARI over the true foreground only (paper Section 4): [B], NaN without foreground.
-
-    labels [B, H, W], 0 = background; masks [B, K, 1, H, W].
-    """
-    return adjusted_rand_index(labels, segmentation(masks), where=labels > 0)
-
-
-def mean_best_overlap(labels: Tensor, masks: Tensor) -> Tensor:
-    """Mean over the objects in sight of the best IoU that any slot has with them: [B].
-
-    Arguments and NaN as in fg_ari().
-    """
-    table = contingency_table(labels, segmentation(masks)).double()  # [B, labels, slots]
+def _mbo_of_counts(table: Tensor) -> Tensor:
+    """Counts of labels x slots [B, I, J] -> mean best IoU of the labels in sight but the first, [B]."""
     union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
-    iou = (table / union.clamp(min=1)).amax(dim=2)[:, 1:]  # [B, objects]
+    best = (table / union.clamp(min=1)).double().amax(dim=2)[:, 1:]  # [B, objects]
     in_sight = table.sum(2)[:, 1:] > 0
-    return (iou * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
+    return (best * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
 
 
 def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """FG-ARI, ARI and mBO of each image, each [B]; arguments as in fg_ari()."""
-    return {
-        'fg_ari': fg_ari(labels, masks),
-        'ari': adjusted_rand_index(labels, segmentation(masks)),
-        'mbo': mean_best_overlap(labels, masks),
-    }
+    """Scores of each image, each [B]; labels [B, H, W], 0 = background; masks [B, K, 1, H, W].
+
+    fg_ari  ARI over the true foreground only (paper Section 4), NaN without foreground
+    ari     ARI over the whole image
+    mbo     mean over the objects in sight of the best IoU that any slot has, NaN without objects
+    """
+    table = contingency_table(labels, segmentation(masks))  # [B, labels, slots]
+    return {'fg_ari': _ari_of_counts(table[:, 1:]), 'ari': _ari_of_counts(table), 'mbo': _mbo_of_counts(table)}
+
+
+def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
+    """FG-ARI of each image, [B]; arguments as in segmentation_scores()."""
+    return segmentation_scores(labels, masks)['fg_ari']
+
+
+def mean_best_overlap(labels: Tensor, masks: Tensor) -> Tensor:
+    """mBO of each image, [B]; arguments as in segmentation_scores()."""
+    return segmentation_scores(labels, masks)['mbo']
 
 
 # ---------------------------------------------------------------------------------------------
@@ -554,8 +535,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise CheckpointError(f'{path} is not a checkpoint of this program (format {CHECKPOINT_FORMAT!r})')
     try:
         checkpoint['config'] = ModelConfig(**checkpoint['config'])
-        checkpoint['model'], checkpoint['training']
-    except (TypeError, KeyError, ValueError) as error:
+        checkpoint['model'], checkpoint['training'].keys()
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f'{path} does not hold a model this version can build: {error}') from error
     return checkpoint
 

@@ -370,7 +370,13 @@ def evaluate(
         images, labels = batch['image'], batch.get('mask')
         with place.autocast():
             first, second = (
-                model(images, num_slots, num_iterations, generator=place.generator(seed, i, init)) for init in (0, 1)
+                model(
+                    images,
+                    num_slots=num_slots,
+                    num_iterations=num_iterations,
+                    generator=place.generator(seed, i, init),
+                )
+                for init in (0, 1)
             )
         found = {'mse': (first.recons.float() - images).square().mean((1, 2, 3))}
         if labels is not None:

@@ -285,7 +285,7 @@ def render(
     """All figures of a batch; returns their paths. Raises ValueError and OSError."""
     images, labels = batch['image'], batch.get('mask')
     generator = torch.Generator().manual_seed(seed)
-    recons, masks, slots, attn = model(images, num_slots, num_iterations, generator=generator)
+    recons, masks, slots, attn = model(images, num_slots=num_slots, num_iterations=num_iterations, generator=generator)
     rgbs, _ = model.decode(slots)
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = [output_dir / 'slots.png']
