@@ -27,9 +27,7 @@ class ConfigError(ValueError):
     """A model that cannot be built or used as asked; the message says why in one line."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------
+# --- Configuration ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,7 @@ def _can_produce(architecture: str, resolution: int) -> bool:
     return architecture == 'fast' or resolution <= 64 or resolution % 16 == 0
 
 
-# ---------------------------------------------------------------------------------------------
-# Slot Attention (paper Algorithm 1)
-# ---------------------------------------------------------------------------------------------
+# --- Slot Attention (paper Algorithm 1) ------------------------------------------------------
 
 
 class SlotAttention(nn.Module):
@@ -241,9 +237,7 @@ def _keras_init(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias_hh)
 
 
-# ---------------------------------------------------------------------------------------------
-# Encoder and decoder (paper Appendix E.3, Tables 4-7)
-# ---------------------------------------------------------------------------------------------
+# --- Encoder and decoder (paper Appendix E.3, Tables 4-7) ------------------------------------
 
 
 def position_grid(size: int) -> Tensor:
@@ -351,9 +345,7 @@ def _build_decoder(config: ModelConfig) -> nn.Module:
     return Decoder(config.resolution, config.slot_dim, layers)
 
 
-# ---------------------------------------------------------------------------------------------
-# Autoencoder (paper Section 2.2)
-# ---------------------------------------------------------------------------------------------
+# --- Autoencoder (paper Section 2.2) ---------------------------------------------------------
 
 
 class SlotAttentionOutput(NamedTuple):
@@ -406,9 +398,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         return SlotAttentionOutput((rgbs * masks).sum(dim=1), masks, slots, attn)
 
 
-# ---------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------
+# --- Scores ----------------------------------------------------------------------------------
 
 
 def segmentation(masks: Tensor) -> Tensor:
@@ -457,7 +447,7 @@ def _ari_of_counts(table: Tensor) -> Tensor:
 def _mbo_of_counts(table: Tensor) -> Tensor:
     """Counts of labels x slots [B, I, J] -> mean best IoU of the labels in sight but the first, [B]."""
     union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
-    best = (table / union.clamp(min=1)).double().amax(dim=2)[:, 1:]  # [B, objects]
+    best = (table.double() / union.clamp(min=1)).amax(dim=2)[:, 1:]  # [B, objects]
     in_sight = table.sum(2)[:, 1:] > 0
     return (best * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
 
@@ -478,14 +468,7 @@ def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
     return segmentation_scores(labels, masks)['fg_ari']
 
 
-def mean_best_overlap(labels: Tensor, masks: Tensor) -> Tensor:
-    """mBO of each image, [B]; arguments as in segmentation_scores()."""
-    return segmentation_scores(labels, masks)['mbo']
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
+# --- Checkpoints -----------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 'slot-attention/1'
 

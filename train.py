@@ -76,9 +76,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do in one line."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -160,8 +158,8 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
     """Fill in what was not given: from the checkpoint's flags where there is one, else the recipe.
 
     Raises ConfigError for a flag that contradicts the checkpoint, CheckpointError for one that the
-    checkpoint should hold and does not. Optimisation flags may change on
-    resuming; the number of slots and iterations may in --eval.
+    checkpoint should hold and does not. Optimisation flags may change on resuming; the number of
+    slots and iterations may in --eval.
     """
     if saved is None:
         recipe = RECIPES[args.architecture or DEFAULTS['architecture']] | DEFAULTS
@@ -192,9 +190,7 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
     return args
 
 
-# ---------------------------------------------------------------------------------------------
-# Device
-# ---------------------------------------------------------------------------------------------
+# --- Device ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -231,9 +227,7 @@ class Place:
         return f'{name}, {"bfloat16" if self.bfloat16 else "float32"}'
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -349,19 +343,13 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(
-    model: SlotAttentionAutoEncoder,
-    loader: DataLoader,
-    place: Place,
-    num_slots: int | None = None,
-    num_iterations: int | None = None,
-    seed: int = 0,
-) -> dict[str, float]:
+def evaluate(model: SlotAttentionAutoEncoder, loader: DataLoader, place: Place, **per_call) -> dict[str, float]:
     """Mean over the images of MSE, FG-ARI, ARI, mBO and consistency, see segmentation_scores().
 
     Consistency asks whether an object is given the same slot again: the ARI of the segmentations
     from two independent slot initialisations, over the true foreground (over the whole image
-    where there are no masks; then the other segmentation scores are left out).
+    where there are no masks; then the other segmentation scores are left out). Learned slots have
+    one initialisation only. `per_call`: num_slots and num_iterations, as in SlotAttention.forward.
     """
     model.eval()
     scores = {}
@@ -369,15 +357,9 @@ def evaluate(
         batch = {name: values.to(place.device, non_blocking=True) for name, values in batch.items()}
         images, labels = batch['image'], batch.get('mask')
         with place.autocast():
-            first, second = (
-                model(
-                    images,
-                    num_slots=num_slots,
-                    num_iterations=num_iterations,
-                    generator=place.generator(seed, i, init),
-                )
-                for init in (0, 1)
-            )
+            first = second = model(images, generator=place.generator(0, i, 0), **per_call)
+            if model.config.slot_init == 'gaussian':
+                second = model(images, generator=place.generator(0, i, 1), **per_call)
         found = {'mse': (first.recons.float() - images).square().mean((1, 2, 3))}
         if labels is not None:
             found |= segmentation_scores(labels, first.masks)
@@ -402,9 +384,7 @@ def log_figures(model: SlotAttentionAutoEncoder, batch: dict[str, Tensor], place
     writer.add_figure('slots/attention', visualize_attention_evolution(attn, images=batch['image']), step)
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------
+# --- Runs ------------------------------------------------------------------------------------
 
 
 def open_log_dir(log_dir: Path, resume: Path | None) -> Path:
@@ -438,15 +418,17 @@ def data_of(args: argparse.Namespace) -> dict:
     )  # fmt: skip
 
 
-def summary(scores: dict[str, float]) -> str:
-    return '  '.join(f'{SCORES[name]} {value:.4f}' for name, value in scores.items())
-
-
 def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> int:
     """--eval: print the scores of a checkpoint on the test split as a table; returns the exit status."""
     model = build_model(checkpoint, args.resume).to(place.device)
     test = create_dataset(split='test', size=args.val_size, **data_of(args))
-    scores = evaluate(model, wrap_in_loader(test, 32, shuffle=False), place, args.num_slots, args.num_iterations)
+    scores = evaluate(
+        model,
+        wrap_in_loader(test, 32, shuffle=False),
+        place,
+        num_slots=args.num_slots,
+        num_iterations=args.num_iterations,
+    )
     print(f'{args.resume}, step {checkpoint["training"]["progress"]["step"]}')
     print(f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n')
     print('  '.join(f'{SCORES[name]:>11}' for name in scores))
@@ -528,10 +510,11 @@ def finish_epoch(
     for name, value in scores.items():
         writer.add_scalar(f'val/{name}', value, progress.step)
     log_figures(model, next(iter(val_loader)), place, writer, progress.step)
+    summary = '  '.join(f'{SCORES[name]} {value:.4f}' for name, value in scores.items())
     minutes, rate = progress.seconds / 60, progress.step * args.batch_size / progress.seconds
     print(
         f'epoch {progress.step // len(train_loader):3d}  {minutes:5.1f} min  train loss {train_loss:.4f}  '
-        f'val {summary(scores)}  {rate:.0f} images/s',
+        f'val {summary}  {rate:.0f} images/s',
         flush=True,
     )
     return scores

@@ -46,9 +46,7 @@ PANEL_PIXELS = 144  # about the side of a panel in the saved file
 DPI = 100
 
 
-# ---------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------
+# --- Figures ---------------------------------------------------------------------------------
 
 
 def visualize_slots(
@@ -142,25 +140,24 @@ def visualize_slot_decomposition(
     _check('reconstructed_image', recon, 3)
     _check('masks', masks, 4)
     rgbs = recon.expand(len(masks), -1, -1, -1) if rgbs is None else rgbs[0] if rgbs.ndim == 5 else rgbs
+    masks = masks.detach().float().cpu()
     error = (recon - image).detach().float().cpu().abs().mean(dim=0).div(2).clamp(0, 1).numpy()
     # A sum that lacks slots shows the paper where they are missing.
-    sums = torch.cumsum(_unit(rgbs) * masks.detach().float().cpu() - masks.detach().float().cpu(), dim=0) + 1
+    sums = torch.cumsum((_unit(rgbs) - 1) * masks, dim=0) + 1  # [K, 3, H, W]
     rows = [
-        [_pixels(image), *(np.repeat(m.detach().float().cpu().numpy()[0][:, :, None], 3, axis=2) for m in masks)],
+        [_pixels(image), *masks.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()],
         [_pixels(recon), *_slot_panels(rgbs, masks)],
         [colormaps['magma'](error)[:, :, :3], *(s.permute(1, 2, 0).clamp(0, 1).numpy() for s in sums)],
     ]
     title = None
     if labels is not None:
         labels = labels[0] if labels.ndim == 3 else labels
-        title = f'FG-ARI {fg_ari(labels[None].cpu(), masks[None].cpu()).item():.3f}'
-    sheet_notes = ['input | masks', 'reconstruction | slots', 'error | sum so far']
+        title = f'FG-ARI {fg_ari(labels[None].cpu(), masks[None]).item():.3f}'
+    sheet_notes = ['input\nmasks', 'reconstruction\nslots', 'error\nsum so far']
     return _sheet(rows, _titles('image', len(masks)), sheet_notes, title, save_path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Panels
-# ---------------------------------------------------------------------------------------------
+# --- Panels ----------------------------------------------------------------------------------
 
 
 def slot_colours(num_slots: int) -> np.ndarray:
@@ -236,24 +233,15 @@ def _sheet(
             x, y = left + j * step, top + i * step
             ax.imshow(pixels, extent=(x, x + panel, y + panel, y), interpolation='nearest', vmin=0, vmax=1)
             colour = titles[j][1]
-            ax.add_patch(
-                Rectangle(
-                    (x, y),
-                    panel,
-                    panel,
-                    fill=False,
-                    edgecolor='0.75' if colour is None else colour,
-                    linewidth=0.8 if colour is None else 2,
-                )
-            )
+            edge = dict(edgecolor='0.75', linewidth=0.8) if colour is None else dict(edgecolor=colour, linewidth=2)
+            ax.add_patch(Rectangle((x, y), panel, panel, fill=False, **edge))
     for j, (name, colour) in enumerate(titles):
         x = left + j * step
         ax.text(x + panel / 2, top - 0.1, name, ha='center', va='bottom', fontsize=10)
         if colour is not None:
             ax.add_patch(Rectangle((x, top - 0.07), panel, 0.05, color=colour))
     for i, note in enumerate(notes or []):
-        text = note.replace(' | ', '\n')
-        ax.text(left - 0.1, top + i * step + panel / 2, text, ha='right', va='center', fontsize=9)
+        ax.text(left - 0.1, top + i * step + panel / 2, note, ha='right', va='center', fontsize=9)
     if title:
         ax.text(size[0] / 2, 0.16, title, ha='center', va='center', fontsize=12, weight='bold')
     ax.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect='equal')
@@ -263,9 +251,7 @@ def _sheet(
     return fig
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------
 
 
 def newest_checkpoint(log_dir: str | os.PathLike) -> Path | None:

@@ -19,7 +19,6 @@ from slot_attention import (
     fg_ari,
     load_checkpoint,
     load_model,
-    mean_best_overlap,
     save_checkpoint,
     segmentation_scores,
 )
@@ -313,7 +312,7 @@ def test_scores_of_a_perfect_a_blind_and_an_empty_scene():
     assert {name: value.item() for name, value in perfect.items()} == {'fg_ari': 1, 'ari': 1, 'mbo': 1}
     blind = one_hot_masks(torch.zeros_like(labels), 3)  # one slot takes everything
     assert fg_ari(labels, blind).item() == 0
-    assert mean_best_overlap(labels, blind).item() == pytest.approx((16 / 64 + 8 / 64) / 2)
+    assert segmentation_scores(labels, blind)['mbo'].item() == pytest.approx((16 / 64 + 8 / 64) / 2)
     single = (labels == 1).long()
     assert fg_ari(single, one_hot_masks(single, 2)).item() == 1  # one object, found whole
     assert fg_ari(single, one_hot_masks(torch.arange(64).view(1, 8, 8) % 2, 2)).item() == 0  # split
@@ -325,7 +324,7 @@ def test_mean_best_overlap_by_hand():
     labels = torch.tensor([[[1, 1, 1, 1, 2, 2, 0, 0]]])
     slots = torch.tensor([[[0, 0, 0, 1, 1, 1, 2, 2]]])
     # object 1: slot 0 has 3 of 4 and nothing else; object 2: slot 1 has both and one more
-    assert mean_best_overlap(labels, one_hot_masks(slots, 3)).item() == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert segmentation_scores(labels, one_hot_masks(slots, 3))['mbo'].item() == pytest.approx((3 / 4 + 2 / 3) / 2)
 
 
 def test_scores_do_not_depend_on_how_slots_and_objects_are_numbered():
