@@ -1,7 +1,8 @@
 """Where the images come from: every source as one Dataset shape and one create_dataloader.
 
-    python dataset.py                                  # a sheet of samples, and how fast they come
-    python dataset.py --max_objects 10 --resolution 128 --output shapes.png
+    python dataset.py                                      # a sheet of shapes, and how fast they come
+    python dataset.py --prepare clevr6 --data_dir data     # published records -> data/clevr6_128_max6.h5
+    python dataset.py --dataset clevr6 --data_dir data     # a sheet of what was prepared
 
     from dataset import create_dataloader
     train_loader, val_loader = create_dataloader(dataset_type='shapes', batch_size=32, resolution=64)
@@ -12,34 +13,98 @@ int64 [B, H, W] with 0 for the background and 1, 2, ... for the objects.
 
 import argparse
 import colorsys
+import gzip
+import itertools
+import json
 import math
+import os
+import struct
 import sys
 import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-DATASETS = ('shapes', 'clevr6')
+# Every source, and what is asked of it when nothing is said: side of the images, slots.
+SIZES = {
+    'shapes': (64, 7),
+    'clevr6': (128, 7),
+    'multi_dsprites': (64, 6),
+    'tetrominoes': (35, 4),
+    'objects_room': (64, 7),
+    'images': (128, 7),
+}
+DATASETS = tuple(SIZES)
 SPLITS = ('train', 'val', 'test')
 SHAPES = ('circle', 'square', 'triangle')
-
-CLEVR6_IS_MISSING = """\
-clevr6 cannot be read yet: it needs the CLEVR scenes with masks (clevr_with_masks_train.tfrecords, \
-10.5 GB) and a reader for them, which this version does not have; use --dataset shapes"""
+SHAPES_SIZE = 10_000  # training images, when nothing is said
 
 
 class DataError(ValueError):
     """A source or a request that gives no images; the message says why in one line."""
 
 
+# --- In memory -------------------------------------------------------------------------------
+
+
+class ImagesInMemory(Dataset):
+    """`images` uint8 [N, H, W, 3] and, where there are masks, `labels` uint8 [N, H, W], else None."""
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __str__(self) -> str:
+        size = self.images.nbytes + (0 if self.labels is None else self.labels.nbytes)
+        return f'{len(self):,} images, {size / 1e9:.2f} GB in memory'
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """A whole batch at once; DataLoader calls this instead of `__getitem__` B times."""
+        return to_batch(self.images[indices], None if self.labels is None else self.labels[indices])
+
+
+def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    """uint8 [B, H, W, 3] and labels [B, H, W] -> a batch as described at the top of this file."""
+    image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # stays channels_last in memory
+    batch = {'image': image.mul_(2 / 255).sub_(1)}
+    if labels is not None:
+        batch['mask'] = torch.from_numpy(labels).long()
+    return batch
+
+
+def flip_at_random(batch: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """About half of the batch mirrored left to right, images and labels together."""
+    flipped = torch.from_numpy(rng.random(len(batch['image'])) < 0.5)
+    out = {}
+    for name, values in batch.items():
+        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))
+        out[name] = torch.where(where, values.flip(-1), values)
+    return out
+
+
 # --- Shapes ----------------------------------------------------------------------------------
 
 
-class ShapesDataset(Dataset):
+class ShapesDataset(ImagesInMemory):
     """Circles, squares and triangles on a grey background, with instance labels.
 
     Place, size, rotation, colour and number are random; objects may overlap, but each keeps at
@@ -85,16 +150,6 @@ class ShapesDataset(Dataset):
         # `delay` keeps the bar away from what is done in two seconds.
         for i in tqdm(range(size), f'drawing {split} shapes', unit=' images', delay=2, disable=None, leave=False):
             self.images[i], self.labels[i] = self.draw(i)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once; DataLoader calls this instead of `__getitem__` B times."""
-        return to_batch(self.images[indices], self.labels[indices])
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H, W, 3] and labels uint8 [H, W] of sample `index`."""
@@ -157,13 +212,526 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
 
 
-def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-    """uint8 [B, H, W, 3] and labels [B, H, W] -> a batch as described at the top of this file."""
-    image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # stays channels_last in memory
-    batch = {'image': image.mul_(2 / 255).sub_(1)}
-    if labels is not None:
-        batch['mask'] = torch.from_numpy(labels).long()
-    return batch
+# --- Published data sets ---------------------------------------------------------------------
+
+BUCKET = 'https://storage.googleapis.com/multi-object-datasets'
+CLEVR_WINDOW = (slice(29, 221), slice(64, 256))  # of 240 x 320: what the paper crops to
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set of deepmind/multi_object_datasets: GZIP TFRecords of tf.train.Example."""
+
+    path: str  # within the bucket; {} is the variant
+    gigabytes: float
+    height: int
+    width: int
+    backgrounds: int = 1  # the first masks of a record are no objects
+    entities_last: bool = False  # masks [H, W, N, 1] instead of [N, H, W, 1]
+    window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
+    records: int | None = None  # that are enough; None: all
+
+    def url(self, variant: str) -> str:
+        return f'{BUCKET}/{self.path.format(variant)}'
+
+
+VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
+PUBLISHED = {
+    'clevr6': Published('clevr_with_masks/clevr_with_masks_train.tfrecords', 10.5, 240, 320, window=CLEVR_WINDOW),
+    'multi_dsprites': Published(
+        'multi_dsprites/multi_dsprites_{}.tfrecords', 2, 64, 64, entities_last=True, records=100_000
+    ),
+    'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35, records=100_000),
+    'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4, records=100_000),
+}
+# Shares of the records, in their order; of the 100,000 of CLEVR the paper trains on the first 70,000.
+SHARES = (0.7, 0.15, 0.15)
+
+
+@dataclass
+class Scene:
+    image: np.ndarray  # uint8 [h, w, 3]
+    labels: np.ndarray | None  # uint8 [h, w], 0 = background
+    num_objects: int
+    record: int  # number within the source
+    done: float  # share of the source that has been read
+    split: int | None = None  # index of SPLITS where the source has splits of its own
+
+
+def read_records(path: Path) -> Iterator[tuple[bytes, float]]:
+    """Payloads of a TFRecord file, GZIP or plain, with the share of the file behind each.
+
+    Lengths are checked against their checksums; the payload is left to GZIP's own, since its
+    crc32c takes a second per megabyte without a library. Raises DataError for a damaged file.
+    """
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # takes half a second
+
+    number = 0
+    with open(path, 'rb') as raw:
+        zipped = raw.read(2) == b'\x1f\x8b'
+        raw.seek(0)
+        file = gzip.GzipFile(fileobj=raw) if zipped else raw
+        size = max(os.fstat(raw.fileno()).st_size, 1)
+        try:
+            while header := file.read(12):
+                length, checksum = struct.unpack('<QI', header)
+                if masked_crc32c(header[:8]) != checksum:
+                    raise DataError(f'{path}: record {number} is damaged: its length does not fit its checksum')
+                payload = file.read(length)
+                if len(payload) < length or len(file.read(4)) < 4:
+                    raise EOFError
+                yield payload, raw.tell() / size
+                number += 1
+        except (EOFError, struct.error) as error:
+            raise DataError(f'{path} ends within record {number}: the file is not complete') from error
+        except (zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f'{path} is damaged after record {number}: {error}') from error
+    if not number:
+        raise DataError(f'{path} holds no records')
+
+
+@cache
+def example_class() -> type:
+    """tf.train.Example, but a list of bytes stays as it is on the wire: one object, not a million."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kind = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name='example.proto', package='published', syntax='proto3')
+
+    def message(name: str, *fields: tuple[str, int, int, str]) -> descriptor_pb2.DescriptorProto:
+        made = file.message_type.add(name=name)
+        for number, (field, label, type, type_name) in enumerate(fields, start=1):
+            made.field.add(name=field, number=number, label=label, type=type, type_name=type_name or None)
+        return made
+
+    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
+    message('FloatList', ('value', many, kind.TYPE_FLOAT, ''))
+    message(
+        'Feature',
+        ('bytes_list', one, kind.TYPE_BYTES, ''),
+        ('float_list', one, kind.TYPE_MESSAGE, '.published.FloatList'),
+    )
+    features = message('Features', ('feature', many, kind.TYPE_MESSAGE, '.published.Features.FeatureEntry'))
+    entry = features.nested_type.add(name='FeatureEntry')
+    entry.field.add(name='key', number=1, label=one, type=kind.TYPE_STRING)
+    entry.field.add(name='value', number=2, label=one, type=kind.TYPE_MESSAGE, type_name='.published.Feature')
+    entry.options.map_entry = True
+    message('Example', ('features', one, kind.TYPE_MESSAGE, '.published.Features'))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
+
+
+def bytes_of(features, name: str, places: int) -> np.ndarray:
+    """The one-byte strings of a feature, uint8, a multiple of `places`; on the wire each is 0A 01 and the byte."""
+    if name not in features:
+        raise DataError(f'it has no {name!r}')
+    wire = np.frombuffer(features[name].bytes_list, np.uint8)
+    if not len(wire) or len(wire) % (3 * places) or tuple(wire[:2]) != (10, 1):
+        raise DataError(f'its {name!r} does not hold a byte for each of {places} pixels')
+    return wire[2::3]
+
+
+def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Image [h, w, 3] of the kept window, labels [resolution, resolution], number of objects.
+
+    Visibility has an entry for every background too, which does not count. A source without
+    visibility has an object where the mask has pixels.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        features = example_class().FromString(payload).features.feature
+    except DecodeError as error:
+        raise DataError('it is damaged or no tf.train.Example') from error
+    height, width = source.height, source.width
+    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]
+    masks = bytes_of(features, 'mask', height * width)
+    if source.entities_last:
+        masks = masks.reshape(height, width, -1).transpose(2, 0, 1)
+    else:
+        masks = masks.reshape(-1, height, width)
+    rows, columns = (nearest(length, resolution) for length in image.shape[:2])
+    # Nearest neighbour first: fewer places at which to look for the strongest of the entities.
+    strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
+    labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
+    if 'visibility' in features:
+        visible = np.array(features['visibility'].float_list.value)[source.backgrounds :] > 0
+    else:
+        visible = masks[source.backgrounds :].any(axis=(1, 2))
+    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible.sum())
+
+
+def nearest(length: int, size: int) -> np.ndarray:
+    """The `size` of `length` places that nearest-neighbour resizing keeps: [size]."""
+    return ((np.arange(size) + 0.5) * length / size).astype(int)
+
+
+def read_published(path: Path, source: Published, resolution: int) -> Iterator[Scene]:
+    for number, (payload, done) in enumerate(read_records(path)):
+        try:
+            image, labels, count = decode_record(payload, source, resolution)
+        except DataError as error:
+            raise DataError(f'{path}: record {number} is not as expected: {error}') from error
+        yield Scene(image, labels, count, number, done)
+
+
+def read_clevr_v1(folder: Path) -> Iterator[Scene]:
+    """Scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val becomes test."""
+    files = [(name, folder / 'scenes' / f'CLEVR_{name}_scenes.json') for name in ('train', 'val')]
+    scenes = []
+    for name, file in files:
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text())['scenes']
+            listed = [(folder / 'images' / name / s['image_filename'], len(s['objects'])) for s in found]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{file} is no list of CLEVR scenes ({type(error).__name__}: {error})') from error
+        for index, (picture, count) in enumerate(listed):
+            split = 0 if name == 'train' else 1 + (index >= len(listed) / 2)
+            scenes.append((picture, count, split, file))
+    for number, (picture, count, split, file) in enumerate(scenes):
+        if not picture.is_file():
+            raise DataError(f'{file} names {picture}, which is not there')
+        image = open_picture(picture)
+        if (image.width, image.height) != (320, 240):  # published: 480 x 320
+            image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
+        rows = CLEVR_WINDOW[0]
+        left = (image.width - (rows.stop - rows.start)) // 2
+        pixels = np.asarray(image)[rows, left : left + rows.stop - rows.start]
+        yield Scene(pixels, None, count, number, (number + 1) / len(scenes), split)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Any picture as RGB: upright, 16 bits reduced to 8, what is transparent on white. Raises DataError."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith('I'):  # 16 bits: PIL would clip them at 255
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            return image.convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f'{path} cannot be read as a picture ({type(error).__name__})') from error
+
+
+# --- Preparing -------------------------------------------------------------------------------
+
+
+def prepared_path(dataset: str, data_dir: Path, resolution: int, max_objects: int, variant: str) -> Path:
+    name = f'{dataset}_{variant}' if dataset == 'multi_dsprites' else dataset
+    return Path(data_dir) / f'{name}_{resolution}_max{max_objects}.h5'
+
+
+def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
+    """The published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`, None where there is none."""
+    data_dir = Path(data_dir)
+    path = Path(PUBLISHED[dataset].path.format(variant))
+    candidates = [data_dir / path.name, data_dir / path]
+    if dataset == 'clevr6':
+        candidates += [folder for folder in (data_dir / 'CLEVR_v1.0', data_dir) if (folder / 'scenes').is_dir()]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def download(url: str, path: Path, attempts: int = 5) -> None:
+    """Fetch `url` to `path` through `path`.part, from where an earlier attempt broke off.
+
+    Raises DataError when it stays broken; what has come is kept for the next call.
+    """
+    part = path.with_name(path.name + '.part')
+    part.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(attempts):
+        try:
+            total = _fetch(url, part)
+            if part.exists() and part.stat().st_size == total:
+                os.replace(part, path)
+                return
+            reason = 'the connection broke off'
+        except ValueError as error:
+            raise DataError(f'{url} cannot be fetched: {error}') from error
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
+                raise DataError(f'{url} cannot be fetched: {error}; try another --url') from error
+            reason = str(getattr(error, 'reason', error))
+        time.sleep(attempt)
+    have = part.stat().st_size / 1e6 if part.exists() else 0
+    raise DataError(f'{url}: {reason}; {have:,.1f} MB have come and are kept: the same command goes on from there')
+
+
+def _fetch(url: str, part: Path) -> int | None:
+    """Append what is missing to `part`; returns the size that the whole should have."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        total = (error.headers.get('Content-Range') or '').rpartition('/')[2]
+        if error.code == 416 and total.isdigit() and int(total) == done:
+            return done  # it had come whole
+        if error.code == 416:  # the file there is another one: begin anew
+            part.unlink()
+            return None
+        raise
+    with response:
+        if response.status != 206:
+            done = 0  # this server cannot continue
+        left = response.headers.get('Content-Length')
+        total = done + int(left) if left else None
+        bar = tqdm(total=total, initial=done, desc=part.stem, unit='B', unit_scale=True, disable=None)
+        with open(part, 'ab' if done else 'wb') as file, bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    return part.stat().st_size if total is None else total
+
+
+def prepare(
+    dataset: str,
+    data_dir: str | os.PathLike,
+    resolution: int,
+    max_objects: int = 6,
+    variant: str = VARIANTS[0],
+    limit: int | None = None,
+    url: str | None = None,
+    fetch: bool = True,
+) -> Path:
+    """Turn a published data set into one HDF5 file and return its path.
+
+    dataset      one of PUBLISHED
+    data_dir     where the source lies, and the prepared file goes
+    resolution   side of the square images, pixels; bilinear, labels nearest neighbour
+    max_objects  scenes with more objects are left out
+    variant      of multi_dsprites, one of VARIANTS
+    limit        scenes to keep; None: as many as the data set calls for
+    url, fetch   where to download from when the source is not there, and whether to
+
+    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (where the source has masks),
+    `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N], in
+    chunks of one image. Only when it is finished does it take its name. Raises DataError and OSError.
+    """
+    source, data_dir = PUBLISHED[dataset], Path(data_dir)
+    raw = find_source(dataset, data_dir, variant)
+    if raw is None:
+        if not fetch:
+            raise DataError(missing_source(dataset, data_dir, variant))
+        raw = data_dir / Path(source.path.format(variant)).name
+        download(url or source.url(variant), raw)
+    if raw.is_dir():
+        scenes = read_clevr_v1(raw)
+    else:
+        scenes = read_published(raw, source, resolution)
+        scenes = itertools.islice(scenes, source.records)
+    path = prepared_path(dataset, data_dir, resolution, max_objects, variant)
+    part = path.with_name(path.name + '.part')
+    try:
+        with h5py.File(part, 'w') as file:
+            file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
+            file.attrs['window'] = str(source.window)
+            _write_scenes(file, scenes, resolution, max_objects, limit)
+            file.flush()
+        with open(part, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _write_scenes(file: h5py.File, scenes: Iterator[Scene], R: int, max_objects: int, limit: int | None) -> None:
+    """Stream scenes into `file`, 64 at a time. Raises DataError when none is left."""
+    arrays = {'image': ((R, R, 3), 'u1'), 'mask': ((R, R), 'u1')}
+    arrays |= {'num_objects': ((), 'i4'), 'record': ((), 'i4'), 'split': ((), 'i1')}
+    for name, (shape, dtype) in arrays.items():
+        chunks = (1, *shape) if shape else (1024,)
+        packed = 'gzip' if name == 'mask' else None  # labels shrink a hundredfold
+        file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunks, compression=packed)
+    kept, seen, last = 0, 0, None
+    bar = tqdm(total=1.0, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}', disable=None)
+    bar.set_description('preparing')
+    waiting: list[Scene] = []
+
+    def write() -> None:
+        rows = slice(kept - len(waiting), kept)
+        values = {'image': resize([scene.image for scene in waiting], R)}
+        values |= {name: [getattr(scene, name) for scene in waiting] for name in ('num_objects', 'record')}
+        values['split'] = [-1 if scene.split is None else scene.split for scene in waiting]
+        if waiting[0].labels is not None:
+            values['mask'] = np.stack([scene.labels for scene in waiting])
+        for name, array in values.items():
+            file[name].resize(kept, axis=0)
+            file[name][rows] = array
+        waiting.clear()
+
+    with bar:
+        for scene in scenes:
+            seen, last = seen + 1, scene
+            if scene.num_objects <= max_objects:
+                kept += 1
+                waiting.append(scene)
+            if len(waiting) == 64:
+                write()
+            bar.set_postfix_str(f'{kept} of {seen} scenes kept', refresh=False)
+            bar.update(scene.done - bar.n)
+            if kept == limit:
+                break
+        if waiting:
+            write()
+    if not kept:
+        raise DataError(f'none of {seen} scenes has at most {max_objects} objects')
+    if last.labels is None:
+        del file['mask']
+    if last.split is None:  # in the order of the source, so that a split is the same for any filter
+        ends = np.cumsum(SHARES[:-1]) * seen
+        file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
+    file.attrs['scenes_read'] = seen
+
+
+def resize(images: list[np.ndarray], size: int) -> np.ndarray:
+    """uint8 images of one shape [h, w, 3] -> [B, size, size, 3], bilinear as tf.image.resize of the paper's code."""
+    stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    if stack.shape[-2:] != (size, size):
+        stack = F.interpolate(stack.float(), (size, size), mode='bilinear').round().byte()
+    return stack.permute(0, 2, 3, 1).numpy()
+
+
+def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
+    source = PUBLISHED[dataset]
+    or_folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
+    flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
+    return (
+        f'no {dataset} in {data_dir}: it needs {Path(source.path.format(variant)).name} '
+        f'({source.gigabytes} GB){or_folder}.\n'
+        f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {data_dir}\n'
+        f'  or fetch it yourself: {source.url(variant)}'
+    )
+
+
+# --- Reading what was prepared, and folders of pictures -----------------------------------------
+
+
+def memory_for_data() -> float:
+    """Bytes that a data set may take: half of what is free now."""
+    try:
+        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return 4e9
+
+
+class PreparedDataset(ImagesInMemory):
+    """One split of a file that prepare() wrote: in memory where it fits, else read batch by batch.
+
+    Raises DataError for a file that is damaged or has no images in this split.
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, in_memory: bool | None = None):
+        self.path, self.file, self.owner = Path(path), None, None
+        try:
+            with h5py.File(path) as file:
+                self.resolution, masked = int(file.attrs['resolution']), 'mask' in file
+                self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
+                self.nbytes = len(self.rows) * self.resolution**2 * (4 if masked else 3)
+                self.in_memory = self.nbytes < memory_for_data() if in_memory is None else in_memory
+                self.names = ('image', 'mask') if masked else ('image',)
+                if self.in_memory:
+                    arrays = [self._load(file[name], name) for name in self.names]
+                    self.images, self.labels = arrays if masked else (*arrays, None)
+        except (OSError, KeyError) as error:
+            raise DataError(f'{path} is damaged or was not prepared here; delete it and prepare it again') from error
+        if not len(self.rows):
+            raise DataError(f'{path} has no {split} images; prepare more scenes')
+
+    def _load(self, stored: h5py.Dataset, name: str) -> np.ndarray:
+        out = np.empty((len(self.rows), *stored.shape[1:]), np.uint8)
+        blocks = range(0, len(self.rows), 1024)
+        for start in tqdm(blocks, f'loading {name}', unit='k images', delay=2, disable=None, leave=False):
+            rows = self.rows[start : start + 1024]
+            # A split lies nearly in one piece: read the piece, then pick.
+            out[start : start + 1024] = stored[rows[0] : rows[-1] + 1][rows - rows[0]]
+        return out
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return super().__str__() if self.in_memory else f'{len(self):,} images, read from {self.path}'
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        if self.in_memory:
+            return super().__getitems__(indices)
+        if self.owner != os.getpid():  # HDF5 files do not survive a fork: one for every process
+            self.file, self.owner = h5py.File(self.path), os.getpid()
+        rows = self.rows[indices]
+        return to_batch(*(np.stack([self.file[name][row] for row in rows]) for name in self.names))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'file': None, 'owner': None}
+
+
+class PictureFolder(ImagesInMemory):
+    """All pictures below a folder, cropped at the centre and resized; labels from NAME_mask.png beside them.
+
+    A tenth each is kept for validation and test, by a shuffle of the sorted names. Files that cannot
+    be read are named and skipped; a picture without a mask counts as background where others have one.
+    Raises DataError for a folder with fewer than three pictures, and for one that does not fit in memory.
+    """
+
+    ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+
+    def __init__(self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f'no folder {folder}; --data_dir names the folder of the pictures')
+        names = sorted(path for path in folder.rglob('*') if path.suffix.lower() in self.ENDINGS and path.is_file())
+        names = [path for path in names if not path.stem.endswith('_mask')]
+        if len(names) < 3:
+            raise DataError(f'{folder} holds {len(names)} pictures ({", ".join(self.ENDINGS)}); at least 3 are needed')
+        shuffled = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+        tenth = max(1, len(names) // 10)
+        parts = {'val': shuffled[:tenth], 'test': shuffled[tenth : 2 * tenth], 'train': shuffled[2 * tenth :]}
+        paths = parts[split][:size]
+        if len(paths) * resolution**2 * 4 > memory_for_data():
+            raise DataError(
+                f'{len(paths)} pictures do not fit in memory: ask for a smaller --resolution or --train_size'
+            )
+        self.resolution = resolution
+        with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter
+            read = pool.map(self._read, paths)
+            read = list(
+                tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
+            )
+        found = [pair for pair in read if pair is not None]
+        if not found:
+            raise DataError(f'none of the {len(paths)} {split} pictures in {folder} can be read')
+        self.images = np.stack([image for image, _ in found])
+        if any(labels is not None for _, labels in found):
+            empty = np.zeros((resolution, resolution), np.uint8)
+            self.labels = np.stack([empty if labels is None else labels for _, labels in found])
+
+    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
+        size = (self.resolution, self.resolution)
+        mask = path.with_name(path.stem + '_mask.png')
+        try:
+            image = np.asarray(ImageOps.fit(open_picture(path), size, Image.Resampling.BILINEAR))
+            if not mask.is_file():
+                return image, None
+            return image, self._read_mask(mask, size)
+        except DataError as error:
+            print(f'skipped: {error}', file=sys.stderr)
+            return None
+
+    @staticmethod
+    def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+        try:
+            with Image.open(path) as file:
+                labels = np.asarray(ImageOps.fit(file, size, Image.Resampling.NEAREST))
+        except (OSError, UnidentifiedImageError, ValueError) as error:
+            raise DataError(f'{path} cannot be read as a mask ({type(error).__name__})') from error
+        if labels.ndim != 2 or labels.max() > 255:
+            raise DataError(f'{path} must have one channel of labels up to 255')
+        return labels.astype(np.uint8)
 
 
 # --- One way to ask for any source -----------------------------------------------------------
@@ -172,17 +740,29 @@ def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, 
 def create_dataset(
     dataset_type: str,
     split: str,
-    size: int,
+    size: int | None,
     resolution: int = 64,
     max_objects: int = 6,
     min_objects: int = 2,
     seed: int = 0,
+    data_dir: str | os.PathLike = 'data',
+    variant: str = VARIANTS[0],
 ) -> Dataset:
-    """One split of a source; arguments as in create_dataloader(). Raises DataError."""
+    """One split of a source; arguments as in create_dataloader(), size None: all. Raises DataError.
+
+    A published data set that lies in `data_dir` as it was published is prepared first.
+    """
+    if split not in SPLITS:
+        raise DataError(f'split must be one of {", ".join(SPLITS)}, not {split!r}')
     if dataset_type == 'shapes':
-        return ShapesDataset(split, size, resolution, max_objects, min_objects, seed)
-    if dataset_type == 'clevr6':
-        raise DataError(CLEVR6_IS_MISSING)
+        return ShapesDataset(split, size or SHAPES_SIZE, resolution, max_objects, min_objects, seed)
+    if dataset_type == 'images':
+        return PictureFolder(data_dir, split, size, resolution)
+    if dataset_type in PUBLISHED:
+        path = prepared_path(dataset_type, Path(data_dir), resolution, max_objects, variant)
+        if not path.exists():
+            prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
+        return PreparedDataset(path, split, size)
     raise DataError(f'dataset_type must be one of {", ".join(DATASETS)}, not {dataset_type!r}')
 
 
@@ -217,48 +797,54 @@ def create_dataloader(
     resolution: int = 64,
     max_objects: int = 6,
     min_objects: int = 2,
-    train_size: int = 10_000,
+    train_size: int | None = None,
     val_size: int = 320,
     seed: int = 0,
     data_seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    data_dir: str | os.PathLike = 'data',
+    variant: str = VARIANTS[0],
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the training and the validation split: (train_loader, val_loader).
 
-    dataset_type  'shapes'
+    dataset_type  one of DATASETS
     batch_size    images per batch
     resolution    side of the square images, pixels
-    max_objects, min_objects  how many objects an image holds
-    train_size, val_size      images in each split
+    max_objects   most objects in an image; not for 'images'
+    min_objects   fewest objects in an image; of shapes only
+    train_size, val_size      images in each split at most; None: 10,000 shapes, all of other sources
     seed          decides the order of the training images (see wrap_in_loader)
-    data_seed     decides what is drawn
+    data_seed     decides what is drawn, of shapes only
     num_workers, pin_memory   as in torch.utils.data.DataLoader
+    data_dir      where sources other than shapes lie
+    variant       of multi_dsprites, one of VARIANTS
 
     Raises DataError (a ValueError) for a request that gives no images.
     """
     if batch_size < 1:
         raise DataError(f'batch_size must be at least 1, not {batch_size}')
-    if batch_size > train_size:
-        raise DataError(f'batch_size ({batch_size}) must not exceed the {train_size} training images')
     train, val = (
-        create_dataset(dataset_type, split, size, resolution, max_objects, min_objects, data_seed)
+        create_dataset(dataset_type, split, size, resolution, max_objects, min_objects, data_seed, data_dir, variant)
         for split, size in (('train', train_size), ('val', val_size))
     )
+    if batch_size > len(train):
+        raise DataError(f'batch_size ({batch_size}) must not exceed the {len(train)} training images')
     return (
         wrap_in_loader(train, batch_size, True, seed, num_workers, pin_memory),
         wrap_in_loader(val, batch_size, False, pin_memory=pin_memory),
     )
 
 
-# --- Preview ---------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------
 
 
 def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int = 2) -> Image.Image:
     """Samples and, under each row, their labels in colours; every pixel scale x scale large."""
     lines = []
+    rows = min(rows, len(dataset) // columns) or 1
     for row in range(rows):
-        batch = dataset.__getitems__(list(range(row * columns, (row + 1) * columns)))
+        batch = dataset.__getitems__(list(range(row * columns, min((row + 1) * columns, len(dataset)))))
         lines.append(((batch['image'] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
         if 'mask' in batch:
             # Hues a golden angle apart: neighbouring labels never look alike.
@@ -272,45 +858,83 @@ def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int =
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description='Draw a sheet of samples with their masks, and measure how fast they come.',
+        description='Draw a sheet of samples with their masks and measure how fast they come, or prepare a data set.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         usage='python dataset.py [--help] [flags]',
     )
-    parser.add_argument('--dataset', default='shapes', choices=DATASETS, help='source of the images')
-    parser.add_argument('--resolution', type=int, default=64, help='side of the square images, pixels')
-    parser.add_argument('--max_objects', type=int, default=6, help='most objects in an image')
-    parser.add_argument('--min_objects', type=int, default=2, help='fewest objects in an image')
-    parser.add_argument('--data_seed', type=int, default=0, help='decides what is drawn')
-    parser.add_argument('--num_images', type=int, default=1000, help='images to draw and count, at least 32')
-    parser.add_argument('--output', type=Path, default=Path('samples.png'), help='where the sheet goes')
+    add = parser.add_argument
+    add('--dataset', default='shapes', choices=DATASETS, help='source of the images')
+    add('--data_dir', type=Path, default=Path('data'), help='where sources other than shapes lie')
+    add('--variant', default=VARIANTS[0], choices=VARIANTS, help='of multi_dsprites')
+    add('--resolution', type=int, help='side of the square images, pixels (default: set by the data set)')
+    add('--max_objects', type=int, default=6, help='most objects in an image')
+    add('--min_objects', type=int, default=2, help='fewest objects in an image, of shapes only')
+    add('--data_seed', type=int, default=0, help='decides what is drawn')
+    add('--num_images', type=int, default=1000, help='images to draw and count, at least 32')
+    add('--output', type=Path, default=Path('samples.png'), help='where the sheet goes')
+    group = parser.add_argument_group('preparing')
+    add = group.add_argument
+    add('--prepare', choices=tuple(PUBLISHED), help='turn this data set into one HDF5 file in --data_dir')
+    add('--url', help='where to download it from, if it is not in --data_dir')
+    add('--limit', type=int, help='stop after so many scenes')
     args = parser.parse_args(argv)
     if args.num_images < 32:
         parser.error(f'--num_images must be at least 32, a sheet, not {args.num_images}')
+    if args.limit is not None and args.limit < 1:
+        parser.error(f'--limit must be at least 1, not {args.limit}')
+    if args.resolution is None:
+        args.resolution = SIZES[args.prepare or args.dataset][0]
+    if not 1 <= args.resolution <= 1024:
+        parser.error(f'--resolution must be from 1 to 1024, not {args.resolution}')
     return args
+
+
+def preview(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    dataset = create_dataset(
+        args.dataset, 'train', args.num_images, args.resolution, args.max_objects, args.min_objects, args.data_seed,
+        args.data_dir, args.variant,
+    )  # fmt: skip
+    drawing = time.perf_counter() - start
+    start = time.perf_counter()
+    batches = list(wrap_in_loader(dataset, min(32, len(dataset)), shuffle=False))
+    loading = time.perf_counter() - start
+    if 'mask' in batches[0]:
+        counts = torch.cat([torch.tensor([len(mask.unique()) - 1 for mask in batch['mask']]) for batch in batches])
+        print('objects  images')
+        for number, images in enumerate(torch.bincount(counts).tolist()):
+            if images:
+                print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
+    verb = 'drawing' if args.dataset == 'shapes' else 'reading'
+    print(f'{verb} {len(dataset) / drawing:,.0f} images/s, loading {len(dataset) / loading:,.0f} images/s')
+    sample_sheet(dataset).save(args.output)
+    print(f'sheet of samples{" and masks" if "mask" in batches[0] else ""}: {args.output}')
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns the exit status; a user's mistake becomes one line and a 2."""
     try:
+        if not args.prepare:
+            preview(args)
+            return 0
         start = time.perf_counter()
-        dataset = create_dataset(
-            args.dataset, 'train', args.num_images, args.resolution, args.max_objects, args.min_objects, args.data_seed
+        path = prepare(
+            args.prepare, args.data_dir, args.resolution, args.max_objects, args.variant, args.limit, args.url
         )
-        drawing = time.perf_counter() - start
-        loader = wrap_in_loader(dataset, 32, shuffle=True)
-        start = time.perf_counter()
-        counts = torch.cat([batch['mask'].amax((1, 2)) for batch in loader])
-        loading = time.perf_counter() - start
-        print('objects  images')
-        for number, images in enumerate(torch.bincount(counts).tolist()):
-            if images:
-                print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
-        print(f'drawing {len(dataset) / drawing:,.0f} images/s, loading {len(counts) / loading:,.0f} images/s')
-        sample_sheet(dataset).save(args.output)
-        print(f'sheet of samples and masks: {args.output}')
+        seconds = time.perf_counter() - start
+        with h5py.File(path) as file:
+            splits = np.bincount(file['split'][:], minlength=3)
+            read = int(file.attrs['scenes_read'])
+        print(f'{path}: {", ".join(f"{n} {split}" for n, split in zip(splits, SPLITS, strict=True))} images')
+        print(
+            f'{splits.sum()} of {read} scenes kept, {path.stat().st_size / 1e6:,.1f} MB, {read / seconds:.0f} scenes/s'
+        )
     except (DataError, OSError) as error:
         print(f'dataset.py: error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('interrupted: nothing was left behind but a download to go on with', file=sys.stderr)
+        return 130
     return 0
 
 

@@ -31,7 +31,16 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataset import DATASETS, DataError, create_dataloader, create_dataset, wrap_in_loader
+from dataset import (
+    DATASETS,
+    SIZES,
+    VARIANTS,
+    DataError,
+    create_dataloader,
+    create_dataset,
+    flip_at_random,
+    wrap_in_loader,
+)
 from slot_attention import (
     CheckpointError,
     ConfigError,
@@ -40,6 +49,7 @@ from slot_attention import (
     adjusted_rand_index,
     build_model,
     contingency_table,
+    fg_ari,
     load_checkpoint,
     save_checkpoint,
     segmentation,
@@ -60,13 +70,20 @@ RECIPES = {
     ),
 }  # fmt: skip
 DEFAULTS = dict(
-    dataset='shapes', architecture='fast', resolution=64, num_slots=7, slot_dim=64, max_objects=6, min_objects=2,
-    train_size=10_000, val_size=320, data_seed=0, seed=0,
+    dataset='shapes', architecture='fast', slot_dim=64, max_objects=6, min_objects=2, train_size=0, val_size=320,
+    data_seed=0, seed=0, data_dir='data', variant=VARIANTS[0], flip=0,
 )  # fmt: skip
+BY_DATASET = ('resolution', 'num_slots')  # see dataset.SIZES
 MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
-DATA_FLAGS = ('dataset', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'seed')
+DATA_FLAGS = (
+    'dataset', 'data_dir', 'variant', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'flip',
+    'seed',
+)  # fmt: skip
 OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip')
-SCORES = {'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'consistency': 'consistency'}
+SCORES = {
+    'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'attn_fg_ari': 'attn FG-ARI',
+    'consistency': 'consistency',
+}  # fmt: skip
 
 # How slots go wrong: figure of mask_statistics(), value above which it is so, what to say. The first counts.
 DIAGNOSES = {
@@ -98,6 +115,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         elif name in RECIPES['fast']:
             values = [f'{architecture} {recipe[name]}' for architecture, recipe in RECIPES.items()]
             help += f' (default by architecture: {", ".join(values)})'
+        elif name in BY_DATASET:
+            index = BY_DATASET.index(name)
+            help += (
+                f' (default by data set: {", ".join(f"{dataset} {sizes[index]}" for dataset, sizes in SIZES.items())})'
+            )
         elif kwargs.get('default') is not None:
             help += f' (default: {kwargs["default"]})'
         if 'choices' not in kwargs:
@@ -106,12 +128,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group('data')
     add(group, 'dataset', str, 'source of the images', choices=DATASETS)
+    add(group, 'data_dir', str, 'where sources other than shapes lie')
+    add(group, 'variant', str, 'of multi_dsprites', choices=VARIANTS)
     add(group, 'resolution', int, 'side of the square images, pixels')
     add(group, 'max_objects', int, 'most objects in an image')
     add(group, 'min_objects', int, 'fewest objects in an image')
-    add(group, 'train_size', at_least(1), 'training images')
-    add(group, 'val_size', at_least(1), 'validation images, and test images with --eval')
+    add(group, 'train_size', at_least(0), 'training images at most; 0: all there are, and 10,000 shapes')
+    add(group, 'val_size', at_least(1), 'validation images at most, and test images with --eval')
     add(group, 'data_seed', at_least(0), 'decides what is drawn')
+    add(group, 'flip', int, '1: half of the training images are mirrored', choices=(0, 1))
     group = parser.add_argument_group('model')
     add(group, 'architecture', str, "layers: 'paper' has those of its Tables 4-7", choices=tuple(RECIPES))
     add(group, 'num_slots', int, 'slots: one for the background and one for each object at least')
@@ -168,8 +193,9 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
     """
     if saved is None:
         recipe = RECIPES[args.architecture or DEFAULTS['architecture']] | DEFAULTS
+        recipe |= zip(BY_DATASET, SIZES[args.dataset or DEFAULTS['dataset']], strict=True)
         args.log_dir = args.log_dir or Path('logs')
-        if args.architecture == 'paper' and (args.resolution or DEFAULTS['resolution']) <= 64:
+        if args.architecture == 'paper' and (args.resolution or recipe['resolution']) <= 64:
             recipe['hidden_dim'] = 32  # Tables 5 and 7
     else:
         missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in saved]
@@ -178,7 +204,7 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
         recipe = saved
         folder = args.resume.parent
         args.log_dir = args.log_dir or (folder.parent if folder.name == 'checkpoints' else Path('logs'))
-        free = ('num_slots', 'num_iterations', 'val_size') if args.eval else ()
+        free = ('data_dir', *(('num_slots', 'num_iterations', 'val_size', 'max_objects') if args.eval else ()))
         for name in MODEL_FLAGS + DATA_FLAGS:
             given = getattr(args, name)
             if name not in free and given is not None and given != saved[name]:
@@ -297,6 +323,8 @@ def train_one_epoch(
         lr = learning_rate(progress.step, args.lr, args.warmup_steps, args.decay_steps)
         for group in optimizer.param_groups:
             group['lr'] = lr
+        if args.flip:
+            batch = flip_at_random(batch, np.random.default_rng([args.seed, progress.step]))
         images = batch['image'].to(place.device, non_blocking=True)
         with place.autocast():
             recons = model(images, generator=place.generator(args.seed, progress.step)).recons
@@ -388,6 +416,8 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Means over the images: the SCORES (see segmentation_scores()), and mask_statistics().
 
+    The attention's FG-ARI is that of the last iteration's maps, enlarged to the image.
+
     Consistency asks whether an object is given the same slot again: the ARI of the segmentations
     from two independent slot initialisations, over the true foreground (over the whole image
     where there are no masks; then the other segmentation scores are left out). Learned slots have
@@ -405,6 +435,8 @@ def evaluate(
         found = {'mse': (first.recons.float() - images).square().mean((1, 2, 3))}
         if labels is not None:
             found |= segmentation_scores(labels, first.masks)
+            attn = F.interpolate(first.attn[:, -1].float(), labels.shape[1:], mode='bilinear')
+            found['attn_fg_ari'] = fg_ari(labels, attn)
         found['consistency'] = adjusted_rand_index(
             segmentation(first.masks), segmentation(second.masks), None if labels is None else labels > 0
         )
@@ -458,7 +490,7 @@ def data_of(args: argparse.Namespace) -> dict:
     """What create_dataset() needs to give the same images again."""
     return dict(
         dataset_type=args.dataset, resolution=args.resolution, max_objects=args.max_objects,
-        min_objects=args.min_objects, seed=args.data_seed,
+        min_objects=args.min_objects, seed=args.data_seed, data_dir=args.data_dir, variant=args.variant,
     )  # fmt: skip
 
 
@@ -490,8 +522,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> in
         progress = Progress(**checkpoint['training']['progress'])
     loaders = create_dataloader(
         args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
-        args.train_size, args.val_size, args.seed, args.data_seed, args.num_workers,
-        pin_memory=place.device.type == 'cuda',
+        args.train_size or None, args.val_size, args.seed, args.data_seed, args.num_workers,
+        place.device.type == 'cuda', args.data_dir, args.variant,
     )  # fmt: skip
     first_epoch = progress.step // len(loaders[0])
     if first_epoch >= args.epochs:
@@ -499,9 +531,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> in
     checkpoints = open_log_dir(args.log_dir, args.resume)
 
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f'{args.architecture} model of {parameters:,} parameters on {place}; {args.train_size} images of {args.dataset}'
-    )
+    print(f'{args.architecture} model of {parameters:,} parameters on {place}; {args.dataset}: {loaders[0].dataset}')
     print(f'watch it with: tensorboard --logdir {args.log_dir}', flush=True)
     flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
     saved_flags = {name: flags[name] for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}

@@ -293,6 +293,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--checkpoint', type=Path, help='checkpoint to render (default: the newest under --log_dir)')
     parser.add_argument('--log_dir', type=Path, default=Path('logs'), help='where to look for the newest checkpoint')
     parser.add_argument('--output_dir', type=Path, default=Path('visualizations'), help='where the figures go')
+    parser.add_argument('--data_dir', type=Path, help='where the images lie (default: where they were in training)')
     parser.add_argument('--num_images', type=int, default=8, help='validation images to render')
     parser.add_argument('--num_slots', type=int, help='slots at test time (default: as in training)')
     parser.add_argument('--num_iterations', type=int, help='iterations at test time (default: as in training)')
@@ -321,8 +322,10 @@ def main(args: argparse.Namespace) -> int:
                 raise CheckpointError(
                     f'{path} does not say what data it was trained on; call the functions from Python'
                 )
+        if args.data_dir is not None:
+            data = data | {'data_dir': args.data_dir}
         dataset = create_dataset(split='val', size=args.num_images, **data)
-        batch = dataset.__getitems__(list(range(args.num_images)))
+        batch = dataset.__getitems__(list(range(len(dataset))))
         for path in render(model, batch, args.output_dir, args.num_slots, args.num_iterations, args.seed):
             print(path)
     except (ConfigError, CheckpointError, DataError, OSError) as error:
