@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-3  # Keras' default, which the reference code uses; PyTorch's is 1e-5
@@ -46,6 +47,8 @@ class ModelConfig:
     gradient       'full': through all T iterations (the paper); 'first_order': through the last
                    one only (Chang et al. 2022, arXiv 2207.00787)
     damping        keeps slots empty that win little attention, see SlotAttention; 0: the paper
+    eval_damping, eval_sharpness, eval_iterations
+                   how slots compete in evaluation mode, see SlotAttention; 0, 1 and 0: as the paper
 
     Raises ConfigError, in one line that names the field, for values that make no model.
     """
@@ -59,6 +62,9 @@ class ModelConfig:
     slot_init: str = 'gaussian'
     gradient: str = 'full'
     damping: float = 0.0
+    eval_damping: float = 0.0
+    eval_sharpness: float = 1.0
+    eval_iterations: int = 0
 
     def __post_init__(self):
         for name, allowed in (
@@ -73,8 +79,9 @@ class ModelConfig:
                 raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.architecture == 'fast' and self.slot_dim <= FRAME:
             raise ConfigError(f"the 'fast' architecture keeps {FRAME} entries for the frame: slot_dim must be larger")
-        if not 0 <= self.damping < math.inf:
-            raise ConfigError(f'damping must be at least 0, not {self.damping}')
+        for name in ('damping', 'eval_damping', 'eval_sharpness', 'eval_iterations'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f'{name} must be at least 0, not {getattr(self, name)}')
         possible = [r for r in range(MIN_RESOLUTION, MAX_RESOLUTION + 1) if _can_produce(self.architecture, r)]
         if self.resolution not in possible:
             nearest = sorted(sorted(possible, key=lambda r: abs(r - self.resolution))[:2])
@@ -102,6 +109,12 @@ class SlotAttention(nn.Module):
     spare slot then lands on an object that another slot holds already. With `damping` c > 0 the sum
     is divided by (attention won + c N) instead, so a slot that wins little stays as it was (in the
     spirit of Krimmel et al. 2024, arXiv 2407.04170); 0 is Algorithm 1.
+
+    Two slots draw an object better than one, so the loss teaches slots to share objects, under any
+    damping they are trained with. Hence the `eval_` values: in evaluation mode slots compete harder
+    than they have learned to get around, with logits times `eval_sharpness`, `eval_damping` (half of
+    it in the last iteration, so that slots end nearer to those of training) and `eval_iterations`
+    (0: as in training).
     """
 
     def __init__(
@@ -110,15 +123,18 @@ class SlotAttention(nn.Module):
         num_slots: int = 7,
         slot_dim: int = 64,
         num_iterations: int = 3,
-        mlp_dim: int | None = None,
         slot_init: str = 'gaussian',
         gradient: str = 'full',
         damping: float = 0.0,
-        epsilon: float = 1e-8,
+        eval_damping: float = 0.0,
+        eval_sharpness: float = 1.0,
+        eval_iterations: int = 0,
     ):
         super().__init__()
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
-        self.slot_init, self.gradient, self.damping, self.epsilon = slot_init, gradient, damping, epsilon
+        self.slot_init, self.gradient = slot_init, gradient
+        self.damping, self.eval_damping = damping, eval_damping
+        self.eval_sharpness, self.eval_iterations = eval_sharpness, eval_iterations or num_iterations
 
         if slot_init == 'gaussian':
             self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
@@ -133,8 +149,7 @@ class SlotAttention(nn.Module):
         self.project_k = nn.Linear(input_dim, slot_dim, bias=False)
         self.project_v = nn.Linear(input_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
-        mlp_dim = mlp_dim or 2 * slot_dim  # 64 -> 128 -> 64 in the paper
-        self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, slot_dim))
+        self.mlp = nn.Sequential(nn.Linear(slot_dim, 2 * slot_dim), nn.ReLU(), nn.Linear(2 * slot_dim, slot_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,7 +199,8 @@ class SlotAttention(nn.Module):
         1 over K. Raises ConfigError for fewer than one slot or iteration.
         """
         num_slots = self.num_slots if num_slots is None else num_slots
-        num_iterations = self.num_iterations if num_iterations is None else num_iterations
+        if num_iterations is None:
+            num_iterations = self.num_iterations if self.training else self.eval_iterations
         if num_slots < 1 or num_iterations < 1:
             raise ConfigError(f'at least 1 slot and 1 iteration are needed, not {num_slots} and {num_iterations}')
 
@@ -205,24 +221,30 @@ class SlotAttention(nn.Module):
             # Without it neither mu and log_sigma nor learned slots would learn (BO-QSA, Eq. 6).
             slots = slots.detach() + start - start.detach()
             num_iterations = 1
-        for _ in range(num_iterations):
-            slots, attn = self.step(slots, k, v)
+        for left in reversed(range(num_iterations)):
+            slots, attn = self.step(slots, k, v, last=left == 0)
             attns.append(attn)
         return slots, torch.stack(attns, dim=1)
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, slots: Tensor, k: Tensor, v: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
         """One iteration: slots [B, K, D], k and v [B, N, D] -> slots [B, K, D], attn [B, K, N]."""
         B, K, D = slots.shape
-        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
-        logits = q @ k.transpose(1, 2) * D**-0.5  # [B, K, N]
-        attn = logits.softmax(dim=1)  # over the slots: they compete
-        weights = attn + self.epsilon
+        damping, sharpness = self.damping, 1.0
+        if not self.training:
+            damping, sharpness = self.eval_damping / (2 if last else 1), self.eval_sharpness
+        attn = (sharpness * self.logits(slots, k)).softmax(dim=1)  # [B, K, N], over the slots: they compete
+        weights = attn + 1e-8
         won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
-        weights = weights / (won + self.damping * attn.shape[2])  # over the inputs: a weighted mean
+        weights = weights / (won + damping * attn.shape[2])  # over the inputs: a weighted mean
         updates = weights @ v  # [B, K, D]
         slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
         slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, attn
+
+    def logits(self, slots: Tensor, k: Tensor) -> Tensor:
+        """How much each slot asks for each input: slots [B, K, D], k [B, N, D] -> [B, K, N]."""
+        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
+        return q @ k.transpose(1, 2) * slots.shape[2] ** -0.5
 
 
 FRAME = 3  # the first entries of a framed slot: its x and y in [-1, 1] and its size
@@ -233,13 +255,24 @@ def place_centres(size: int) -> Tensor:
     return (torch.arange(size) + 0.5) / size * 2 - 1
 
 
+def in_frame(axis: Tensor, frame: Tensor, min_size: float, far: float = 4.0) -> Tensor:
+    """Places along both axes as a slot sees them, in its sizes from its centre.
+
+    axis [R], frame [..., 3] -> [..., 2, R], x and y. A tanh draws far places in to `far` sizes, so
+    that nothing that is computed from them grows without bound.
+    """
+    centre, size = frame[..., :2, None], frame[..., 2:3, None].clamp(min=min_size)
+    return far * torch.tanh((axis - centre) / size / far)
+
+
 class FramedSlotAttention(SlotAttention):
     """Slot Attention whose slots know where they are, and look once more around them at the end.
 
     After every iteration the first three entries of a slot are its frame, measured from what it
     attends to: mean place (x, y) and standard deviation (Invariant Slot Attention, Biza et al.
     2023, arXiv 2302.04973). The attention is squared for it, so that a little of it spread over the
-    whole image does not count. After the last iteration a glimpse of the features is added: a
+    whole image does not count. A slot asks less for what is far from it, in its own frame, so that objects of
+    like colour are told apart by place. After the last iteration a glimpse of the features is added: a
     weighted mean of the inputs forgets where they were, and with it the outline of the object.
     """
 
@@ -248,6 +281,7 @@ class FramedSlotAttention(SlotAttention):
     def __init__(self, input_dim: int, grid_size: int, **kwargs):
         super().__init__(input_dim, **kwargs)
         self.register_buffer('axis', place_centres(grid_size), persistent=False)
+        self.nearness = nn.Parameter(torch.tensor(-2.0))  # before a softplus
         self.glimpse = Glimpse(input_dim, self.slot_dim)
 
     def frame(self, attn: Tensor) -> Tensor:
@@ -261,9 +295,15 @@ class FramedSlotAttention(SlotAttention):
         size = (variance + self.MIN_SIZE**2).clamp(min=1e-6).sqrt()
         return torch.cat([centre, size], dim=2)
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, slots: Tensor, k: Tensor) -> Tensor:
+        """As SlotAttention.logits(), less a multiple of the squared distance in the slot's frame."""
+        squares = in_frame(self.axis, slots[..., :FRAME], Glimpse.MIN_SIZE).square()  # [B, K, 2, w]
+        distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N]
+        return super().logits(slots, k) - F.softplus(self.nearness) * distance
+
+    def step(self, slots: Tensor, k: Tensor, v: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
         """As SlotAttention.step(); the frame of what was attended to takes its entries of the slots."""
-        slots, attn = super().step(slots, k, v)
+        slots, attn = super().step(slots, k, v, last)
         return torch.cat([self.frame(attn), slots[..., FRAME:]], dim=2), attn
 
     def forward(self, inputs: Tensor, **per_call) -> tuple[Tensor, Tensor]:
@@ -361,6 +401,9 @@ class Encoder(nn.Module):
         return self.mlp(self.norm(features.flatten(2).transpose(1, 2)))  # [B, N, C]
 
 
+ALL = (slice(None), slice(None))  # rows and columns
+
+
 class Decoder(nn.Module):
     """Spatial broadcast decoder: slots [M, D] -> colours and mask logit [M, 4, H, W] (Tables 4, 5).
 
@@ -377,42 +420,41 @@ class Decoder(nn.Module):
             width = channels
         self.conv = nn.Sequential(*modules[:-1])  # colours and logits are linear
 
-    def forward(self, slots: Tensor) -> Tensor:
-        return self.conv(self.position(slots[:, :, None, None]))
+    def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
+        rows, columns = pixels
+        return self.conv(self.position(slots[:, :, None, None]))[:, :, rows, columns]
 
 
 class ImplicitDecoder(nn.Module):
     """Slots [M, D] -> colours and mask logit [M, 4, H, W]: every slot writes a small network.
 
-    The network takes a pixel's place in the slot's own frame, (x - slot's x) / size and the same
-    for y, through one hidden layer of UNITS half-planes, which the slot turns and shifts as it
-    likes: what outlines are made of. There is no convolution, and an object looks the same wherever
-    it lies (as in Biza et al. 2023). Far places are drawn in to FAR sizes by a tanh, so that
-    nothing grows without bound.
+    The network takes a pixel's place in the slot's own frame, see in_frame(), through one hidden layer
+    of UNITS half-planes, which the slot turns and shifts as it likes: what outlines are made of. There
+    is no convolution, so any rows and columns can be had alone, and an object looks the same wherever
+    it lies (as in Biza et al. 2023).
     """
 
-    UNITS, FAR = 16, 4.0
+    UNITS = 8
 
     def __init__(self, resolution: int, slot_dim: int, channels: int):
         super().__init__()
-        self.resolution = resolution
         self.register_buffer('axis', place_centres(resolution), persistent=False)
         sizes = 3 * self.UNITS + 4 * (self.UNITS + 1)
         self.hyper = nn.Sequential(nn.Linear(slot_dim, channels), nn.ReLU(), nn.Linear(channels, sizes))
 
-    def forward(self, slots: Tensor) -> Tensor:
-        centre, size = slots[:, :2], slots[:, 2:3].clamp(min=0.01)  # slots of any origin may be decoded
-        place = (self.axis - centre[..., None]) / size[..., None]
-        place = self.FAR * torch.tanh(place / self.FAR)  # [M, 2, R], x and y apart
-        code = torch.cat([centre, size.log(), slots[:, FRAME:]], dim=1)
+    def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
+        frame = slots[:, :FRAME]
+        places = in_frame(self.axis, frame, min_size=0.01)  # [M, 2, R]; slots of any origin may be decoded
+        x, y = places[:, 0:1, pixels[1]], places[:, 1:2, pixels[0]]  # [M, 1, w], [M, 1, h]
+        code = torch.cat([frame[:, :2], frame[:, 2:].clamp(min=0.01).log(), slots[:, FRAME:]], dim=1)
         inner, outer = self.hyper(code).split([3 * self.UNITS, 4 * (self.UNITS + 1)], dim=1)
         inner, outer = inner.unflatten(1, (self.UNITS, 3)), outer.unflatten(1, (4, self.UNITS + 1))
         # A half-plane is a sum of a function of x and one of y: cheaper than a product per pixel.
-        along_x = inner[:, :, 0:1] * place[:, 0:1] + inner[:, :, 2:3]  # [M, U, R]
-        along_y = inner[:, :, 1:2] * place[:, 1:2]
-        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).relu_().flatten(2)  # [M, U, R * R]
-        pixels = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 4, R * R]
-        return pixels.unflatten(2, (self.resolution, self.resolution))
+        along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, U, w]
+        along_y = inner[:, :, 1:2] * y  # [M, U, h]
+        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).relu_().flatten(2)  # [M, U, h * w]
+        decoded = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 4, h * w]
+        return decoded.unflatten(2, (y.shape[2], x.shape[2]))
 
 
 def _build_encoder(config: ModelConfig) -> Encoder:
@@ -450,8 +492,11 @@ class SlotAttentionAutoEncoder(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.encoder = _build_encoder(config)
-        shared = ('num_slots', 'slot_dim', 'num_iterations', 'slot_init', 'gradient', 'damping')
-        shared = {name: getattr(config, name) for name in shared}
+        shared = {
+            name: getattr(config, name)
+            for name in ('num_slots', 'slot_dim', 'num_iterations', 'slot_init', 'gradient')
+            + ('damping', 'eval_damping', 'eval_sharpness', 'eval_iterations')
+        }
         if config.architecture == 'fast':
             self.slot_attention = FramedSlotAttention(config.hidden_dim, self.encoder.grid_size, **shared)
         else:
@@ -473,20 +518,21 @@ class SlotAttentionAutoEncoder(nn.Module):
         slots, attn = self.slot_attention(features, **per_call)
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
-    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> colours [B, K, 3, H, W] and masks [B, K, 1, H, W]; each slot alone.
 
-        The image is their sum (rgbs * masks).sum(1); masks are a softmax over the slots.
+        `pixels` are the rows and columns wanted, which H and W then count. The image is their sum
+        (rgbs * masks).sum(1); masks are a softmax over the slots.
         """
         B, K, D = slots.shape
-        decoded = self.decoder(slots.reshape(B * K, D)).unflatten(0, (B, K))  # [B, K, 4, H, W]
+        decoded = self.decoder(slots.reshape(B * K, D), pixels).unflatten(0, (B, K))  # [B, K, 4, H, W]
         rgbs, logits = decoded.split([3, 1], dim=2)
         return rgbs, logits.softmax(dim=1)
 
-    def forward(self, images: Tensor, **per_call) -> SlotAttentionOutput:
-        """encode, decode, combine; arguments as in encode()."""
+    def forward(self, images: Tensor, pixels: tuple[slice, slice] = ALL, **per_call) -> SlotAttentionOutput:
+        """encode, decode, combine; arguments as in encode() and decode()."""
         slots, attn = self.encode(images, **per_call)
-        rgbs, masks = self.decode(slots)
+        rgbs, masks = self.decode(slots, pixels)
         return SlotAttentionOutput((rgbs * masks).sum(dim=1), masks, slots, attn)
 
 

@@ -166,7 +166,7 @@ def test_preview_writes_a_sheet_and_counts_objects(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    'flags', [['--dataset', 'clevr6'], ['--min_objects', '7'], ['--output', 'no/such/folder/sheet.png']]
+    'flags', [['--dataset', 'images'], ['--min_objects', '7'], ['--output', 'no/such/folder/sheet.png']]
 )
 def test_preview_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,7 @@ def small_model(**changes):
 
 
 def module(**changes):
-    return SlotAttention(**{'input_dim': 12, 'num_slots': 4, 'slot_dim': 8, 'mlp_dim': 16} | changes).double()
+    return SlotAttention(**{'input_dim': 12, 'num_slots': 4, 'slot_dim': 8} | changes).double()
 
 
 # Algorithm 1
@@ -275,13 +275,13 @@ def test_the_implicit_decoder_is_a_network_per_pixel():
     image = decoder(slots)
     x, y, size = slots[1, :3]
     code = torch.cat([x[None], y[None], size.log()[None], slots[1, 3:]])
-    inner, outer = decoder.hyper(code).split([3 * 16, 4 * 17])
+    inner, outer = decoder.hyper(code).split([3 * 8, 4 * 9])
     row, column = 7, 2
     place = torch.stack([(column + 0.5) / 5 - 1 - x, (row + 0.5) / 5 - 1 - y]) / size
     place = torch.cat([4 * torch.tanh(place / 4), torch.ones(1)])
-    hidden = torch.relu(inner.view(16, 3) @ place)
-    outer = outer.view(4, 17)
-    pixel = outer[:, :16] @ hidden / 4 + outer[:, 16]
+    hidden = torch.relu(inner.view(8, 3) @ place)
+    outer = outer.view(4, 9)
+    pixel = outer[:, :8] @ hidden / 8**0.5 + outer[:, 8]
     assert image.shape == (2, 4, 10, 10)
     assert torch.allclose(image[1, :, row, column], pixel, atol=1e-5)
 
@@ -461,3 +461,65 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, dam
         load_model(path)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'executed').exists()
+
+
+# Parts of an image, and evaluation
+
+
+@pytest.mark.parametrize('architecture', ['fast', 'paper'])
+def test_some_rows_and_columns_decode_as_in_the_whole(architecture):
+    model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution=32, hidden_dim=8, slot_dim=8)).eval()
+    slots = torch.randn(2, 3, 8)
+    rows, columns = slice(1, None, 2), slice(2, 20, 3)
+    with torch.no_grad():
+        whole, part = model.decode(slots), model.decode(slots, (rows, columns))
+    for a, b in zip(whole, part, strict=True):
+        assert torch.allclose(a[..., rows, columns], b, atol=1e-5)
+
+
+def test_slots_compete_harder_in_evaluation():
+    """A sharper softmax and more damping, and in evaluation mode only."""
+    module = SlotAttention(12, 4, 8, num_iterations=1, eval_sharpness=3.0, eval_damping=0.5).double()
+    plain = SlotAttention(12, 4, 8, num_iterations=1).double()
+    plain.load_state_dict(module.state_dict())
+    inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
+
+    def run(which):
+        return which(inputs, slots=start)
+
+    for found, expected in zip(run(module), run(plain), strict=True):
+        assert torch.equal(found, expected)  # training mode
+    (slots, attn), (_, plain_attn) = run(module.eval()), run(plain.eval())
+    cubed = plain_attn**3
+    assert torch.allclose(attn, cubed / cubed.sum(dim=2, keepdim=True))
+    plain.eval_sharpness, plain.eval_damping = 3.0, 0.5
+    assert torch.equal(slots, run(plain)[0])
+    plain.eval_damping = 0.4
+    assert not torch.allclose(slots, run(plain)[0])
+
+
+def test_evaluation_takes_its_own_iterations_and_half_the_damping_in_the_last():
+    module = SlotAttention(12, 4, 8, num_iterations=2, eval_iterations=3, eval_damping=0.2).double()
+    inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
+    assert module(inputs, slots=start)[1].shape[1] == 2
+    slots, attn = module.eval()(inputs, slots=start)
+    assert attn.shape[1] == 3 and module(inputs, num_iterations=1, slots=start)[1].shape[1] == 1
+    inputs = module.norm_inputs(inputs)
+    k, v = module.project_k(inputs), module.project_v(inputs)
+    by_hand = start
+    for damping in (0.4, 0.4, 0.2):  # halved within step() only where it is the last
+        module.eval_damping = damping
+        by_hand, _ = module.step(by_hand, k, v, last=True)
+    assert torch.allclose(slots, by_hand)
+
+
+def test_a_framed_slot_asks_for_what_is_near():
+    model = SlotAttentionAutoEncoder(ModelConfig(resolution=32, slot_dim=8, hidden_dim=8))
+    module = model.slot_attention
+    slots = torch.zeros(1, 1, 8)
+    slots[..., :3] = torch.tensor([0.5, -0.5, 0.3])  # right, above
+    with torch.no_grad():
+        logits = module.logits(slots, torch.zeros(1, 64, 8)).view(8, 8)
+    y, x = divmod(int(logits.argmax()), 8)
+    assert (x, y) == (5, 1) or (abs(module.axis[x] - 0.5) < 0.13 and abs(module.axis[y] + 0.5) < 0.13)
+    assert logits[1, 5] > logits[3, 5] > logits[6, 5]
