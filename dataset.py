@@ -223,7 +223,7 @@ class Published:
     """A data set of deepmind/multi_object_datasets: GZIP TFRecords of tf.train.Example."""
 
     path: str  # within the bucket; {} is the variant
-    gigabytes: float
+    gigabytes: float | None
     height: int
     width: int
     backgrounds: int = 1  # the first masks of a record are no objects
@@ -239,7 +239,7 @@ VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of mul
 PUBLISHED = {
     'clevr6': Published('clevr_with_masks/clevr_with_masks_train.tfrecords', 10.5, 240, 320, window=CLEVR_WINDOW),
     'multi_dsprites': Published(
-        'multi_dsprites/multi_dsprites_{}.tfrecords', 2, 64, 64, entities_last=True, records=100_000
+        'multi_dsprites/multi_dsprites_{}.tfrecords', None, 64, 64, entities_last=True, records=100_000
     ),
     'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35, records=100_000),
     'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4, records=100_000),
@@ -600,10 +600,11 @@ def resize(images: list[np.ndarray], size: int) -> np.ndarray:
 def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
     source = PUBLISHED[dataset]
     or_folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
+    size = '' if source.gigabytes is None else f' ({source.gigabytes} GB)'
     flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
     return (
-        f'no {dataset} in {data_dir}: it needs {Path(source.path.format(variant)).name} '
-        f'({source.gigabytes} GB){or_folder}.\n'
+        f'no {dataset} in {data_dir}: it needs {Path(source.path.format(variant)).name}'
+        f'{size}{or_folder}.\n'
         f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {data_dir}\n'
         f'  or fetch it yourself: {source.url(variant)}'
     )

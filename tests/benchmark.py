@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import create_dataset, wrap_in_loader
 from slot_attention import ModelConfig, SlotAttentionAutoEncoder
-from train import RECIPES, Place
+from train import RECIPES, Place, create_optimizers
 
 MODEL = ('num_iterations', 'slot_init', 'gradient', 'damping')
 
@@ -38,23 +38,32 @@ def config_of(architecture: str, resolution: int, **changes) -> ModelConfig:
 
 
 class Step:
-    """A training step: __call__() does one. `plain`: float32, channels first, unfused Adam."""
+    """A training step: __call__() does one. `plain`: float32, channels first, unfused Adam, every pixel."""
 
     def __init__(self, config: ModelConfig, batch_size: int, place: Place, plain: bool = False):
         torch.manual_seed(0)
         self.place = Place(place.device, False) if plain else place
         layout = torch.contiguous_format if plain else torch.channels_last
         self.model = SlotAttentionAutoEncoder(config).to(place.device, memory_format=layout)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=not plain, foreach=False)
+        recipe = RECIPES[config.architecture]
+        if plain:
+            self.optimizers = [torch.optim.Adam(self.model.parameters(), fused=False, foreach=False)]
+        else:
+            self.optimizers = create_optimizers(self.model, recipe['optimizer'])
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group['lr'] = 1e-4
+        stride = slice(None, None, 1 if plain else recipe['pixel_stride'])
+        self.pixels = (stride, stride)
         images = torch.rand(batch_size, 3, config.resolution, config.resolution, device=place.device)
         self.images = (images * 2 - 1).contiguous(memory_format=layout)
 
     def __call__(self) -> None:
         with self.place.autocast():
-            recons = self.model(self.images).recons
-        F.mse_loss(recons.float(), self.images).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            recons = self.model(self.images, self.pixels).recons
+        F.mse_loss(recons.float(), self.images[(..., *self.pixels)]).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def forward(self) -> None:
