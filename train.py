@@ -94,7 +94,7 @@ DIAGNOSES = {
     'largest_slot': (0.9, 'one slot holds nearly all objects: try a lower --lr, a longer --warmup_steps or --seed'),
     'sameness': (0.5, 'the masks do not depend on the image (stripes, blobs): raise --lr or try another --seed'),
     'missed': (0.2, 'many objects are left to the background: try more --num_iterations, --num_slots or --epochs'),
-    'split': (0.15, 'spare slots split objects: try fewer --num_slots, a larger --damping or more --epochs'),
+    'split': (0.15, 'spare slots split objects: try fewer --num_slots, a larger --eval_damping or more --epochs'),
 }
 SETTLED = 3  # validations in a row with the same diagnosis, before it is said
 
