@@ -35,7 +35,9 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
@@ -124,7 +126,7 @@ class ShapesDataset(ImagesInMemory):
     def __init__(
         self,
         split: str = 'train',
-        size: int = 10_000,
+        size: int = SHAPES_SIZE,
         resolution: int = 64,
         max_objects: int = 6,
         min_objects: int = 2,
@@ -293,30 +295,26 @@ def read_records(path: Path) -> Iterator[tuple[bytes, float]]:
 @cache
 def example_class() -> type:
     """tf.train.Example, but a list of bytes stays as it is on the wire: one object, not a million."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    kind = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name='example.proto', package='published', syntax='proto3')
 
-    def message(name: str, *fields: tuple[str, int, int, str]) -> descriptor_pb2.DescriptorProto:
-        made = file.message_type.add(name=name)
-        for number, (field, label, type, type_name) in enumerate(fields, start=1):
-            made.field.add(name=field, number=number, label=label, type=type, type_name=type_name or None)
-        return made
+    def add(message, number: int, name: str, kind: str, type_name: str | None = None, many: bool = False) -> None:
+        field = message.field.add(number=number, name=name, type_name=type_name)
+        field.type = getattr(field, f'TYPE_{kind}')
+        field.label = field.LABEL_REPEATED if many else field.LABEL_OPTIONAL
 
-    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
-    message('FloatList', ('value', many, kind.TYPE_FLOAT, ''))
-    message(
-        'Feature',
-        ('bytes_list', one, kind.TYPE_BYTES, ''),
-        ('float_list', one, kind.TYPE_MESSAGE, '.published.FloatList'),
-    )
-    features = message('Features', ('feature', many, kind.TYPE_MESSAGE, '.published.Features.FeatureEntry'))
+    floats = file.message_type.add(name='FloatList')
+    add(floats, 1, 'value', 'FLOAT', many=True)
+    feature = file.message_type.add(name='Feature')
+    add(feature, 1, 'bytes_list', 'BYTES')
+    add(feature, 2, 'float_list', 'MESSAGE', '.published.FloatList')
+    features = file.message_type.add(name='Features')
+    add(features, 1, 'feature', 'MESSAGE', '.published.Features.FeatureEntry', many=True)
     entry = features.nested_type.add(name='FeatureEntry')
-    entry.field.add(name='key', number=1, label=one, type=kind.TYPE_STRING)
-    entry.field.add(name='value', number=2, label=one, type=kind.TYPE_MESSAGE, type_name='.published.Feature')
     entry.options.map_entry = True
-    message('Example', ('features', one, kind.TYPE_MESSAGE, '.published.Features'))
+    add(entry, 1, 'key', 'STRING')
+    add(entry, 2, 'value', 'MESSAGE', '.published.Feature')
+    example = file.message_type.add(name='Example')
+    add(example, 1, 'features', 'MESSAGE', '.published.Features')
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
@@ -338,8 +336,6 @@ def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[n
     Visibility has an entry for every background too, which does not count. A source without
     visibility has an object where the mask has pixels.
     """
-    from google.protobuf.message import DecodeError
-
     try:
         features = example_class().FromString(payload).features.feature
     except DecodeError as error:
@@ -423,12 +419,11 @@ def open_picture(path: Path) -> Image.Image:
 
 def prepared_path(dataset: str, data_dir: Path, resolution: int, max_objects: int, variant: str) -> Path:
     name = f'{dataset}_{variant}' if dataset == 'multi_dsprites' else dataset
-    return Path(data_dir) / f'{name}_{resolution}_max{max_objects}.h5'
+    return data_dir / f'{name}_{resolution}_max{max_objects}.h5'
 
 
 def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
     """The published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`, None where there is none."""
-    data_dir = Path(data_dir)
     path = Path(PUBLISHED[dataset].path.format(variant))
     candidates = [data_dir / path.name, data_dir / path]
     if dataset == 'clevr6':
@@ -525,7 +520,7 @@ def prepare(
         scenes = read_published(raw, source, resolution)
         scenes = itertools.islice(scenes, source.records)
     path = prepared_path(dataset, data_dir, resolution, max_objects, variant)
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'.{path.name}.{os.getpid()}')  # no other process's
     try:
         with h5py.File(part, 'w') as file:
             file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
@@ -540,53 +535,56 @@ def prepare(
     return path
 
 
-def _write_scenes(file: h5py.File, scenes: Iterator[Scene], R: int, max_objects: int, limit: int | None) -> None:
+def _write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> None:
     """Stream scenes into `file`, 64 at a time. Raises DataError when none is left."""
-    arrays = {'image': ((R, R, 3), 'u1'), 'mask': ((R, R), 'u1')}
-    arrays |= {'num_objects': ((), 'i4'), 'record': ((), 'i4'), 'split': ((), 'i1')}
-    for name, (shape, dtype) in arrays.items():
-        chunks = (1, *shape) if shape else (1024,)
-        packed = 'gzip' if name == 'mask' else None  # labels shrink a hundredfold
-        file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunks, compression=packed)
-    kept, seen, last = 0, 0, None
+    kept = seen = 0
+    split_given = False
+    waiting: list[Scene] = []
     bar = tqdm(total=1.0, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}', disable=None)
     bar.set_description('preparing')
-    waiting: list[Scene] = []
-
-    def write() -> None:
-        rows = slice(kept - len(waiting), kept)
-        values = {'image': resize([scene.image for scene in waiting], R)}
-        values |= {name: [getattr(scene, name) for scene in waiting] for name in ('num_objects', 'record')}
-        values['split'] = [-1 if scene.split is None else scene.split for scene in waiting]
-        if waiting[0].labels is not None:
-            values['mask'] = np.stack([scene.labels for scene in waiting])
-        for name, array in values.items():
-            file[name].resize(kept, axis=0)
-            file[name][rows] = array
-        waiting.clear()
-
     with bar:
         for scene in scenes:
-            seen, last = seen + 1, scene
+            seen += 1
+            split_given = scene.split is not None
             if scene.num_objects <= max_objects:
                 kept += 1
                 waiting.append(scene)
             if len(waiting) == 64:
-                write()
+                _append_scenes(file, waiting, size)
+                waiting.clear()
             bar.set_postfix_str(f'{kept} of {seen} scenes kept', refresh=False)
             bar.update(scene.done - bar.n)
             if kept == limit:
                 break
         if waiting:
-            write()
+            _append_scenes(file, waiting, size)
     if not kept:
         raise DataError(f'none of {seen} scenes has at most {max_objects} objects')
-    if last.labels is None:
-        del file['mask']
-    if last.split is None:  # in the order of the source, so that a split is the same for any filter
+    if not split_given:  # in the order of the source, so that a split is the same for any filter
         ends = np.cumsum(SHARES[:-1]) * seen
         file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
     file.attrs['scenes_read'] = seen
+
+
+def _append_scenes(file: h5py.File, scenes: list[Scene], size: int) -> None:
+    """The arrays of prepare(), grown by scenes that all have labels, or all have none."""
+    values = {'image': resize([scene.image for scene in scenes], size)}
+    if scenes[0].labels is not None:
+        values['mask'] = np.stack([scene.labels for scene in scenes])
+    values['num_objects'] = np.array([scene.num_objects for scene in scenes], np.int32)
+    values['record'] = np.array([scene.record for scene in scenes], np.int32)
+    values['split'] = np.array([-1 if scene.split is None else scene.split for scene in scenes], np.int8)
+    for name, array in values.items():
+        if name not in file:
+            shape = array.shape[1:]
+            chunks = (1, *shape) if shape else (1024,)
+            packed = 'gzip' if name == 'mask' else None  # labels shrink a hundredfold
+            file.create_dataset(
+                name, (0, *shape), array.dtype, maxshape=(None, *shape), chunks=chunks, compression=packed
+            )
+        before = len(file[name])
+        file[name].resize(before + len(array), axis=0)
+        file[name][before:] = array
 
 
 def resize(images: list[np.ndarray], size: int) -> np.ndarray:
@@ -728,7 +726,7 @@ class PictureFolder(ImagesInMemory):
         try:
             with Image.open(path) as file:
                 labels = np.asarray(ImageOps.fit(file, size, Image.Resampling.NEAREST))
-        except (OSError, UnidentifiedImageError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f'{path} cannot be read as a mask ({type(error).__name__})') from error
         if labels.ndim != 2 or labels.max() > 255:
             raise DataError(f'{path} must have one channel of labels up to 255')
@@ -756,7 +754,7 @@ def create_dataset(
     if split not in SPLITS:
         raise DataError(f'split must be one of {", ".join(SPLITS)}, not {split!r}')
     if dataset_type == 'shapes':
-        return ShapesDataset(split, size or SHAPES_SIZE, resolution, max_objects, min_objects, seed)
+        return ShapesDataset(split, SHAPES_SIZE if size is None else size, resolution, max_objects, min_objects, seed)
     if dataset_type == 'images':
         return PictureFolder(data_dir, split, size, resolution)
     if dataset_type in PUBLISHED:
@@ -860,24 +858,26 @@ def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int =
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Draw a sheet of samples with their masks and measure how fast they come, or prepare a data set.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         usage='python dataset.py [--help] [flags]',
     )
-    add = parser.add_argument
-    add('--dataset', default='shapes', choices=DATASETS, help='source of the images')
-    add('--data_dir', type=Path, default=Path('data'), help='where sources other than shapes lie')
-    add('--variant', default=VARIANTS[0], choices=VARIANTS, help='of multi_dsprites')
-    add('--resolution', type=int, help='side of the square images, pixels (default: set by the data set)')
-    add('--max_objects', type=int, default=6, help='most objects in an image')
-    add('--min_objects', type=int, default=2, help='fewest objects in an image, of shapes only')
-    add('--data_seed', type=int, default=0, help='decides what is drawn')
-    add('--num_images', type=int, default=1000, help='images to draw and count, at least 32')
-    add('--output', type=Path, default=Path('samples.png'), help='where the sheet goes')
+
+    def add(name, help, default=None, group=parser, **kwargs):
+        shown = '' if default is None else f' (default: {default})'
+        group.add_argument(name, help=help + shown, default=default, **kwargs)
+
+    add('--dataset', 'source of the images', 'shapes', choices=DATASETS)
+    add('--data_dir', 'where sources other than shapes lie', Path('data'), type=Path)
+    add('--variant', 'of multi_dsprites', VARIANTS[0], choices=VARIANTS)
+    add('--resolution', 'side of the square images, pixels (default: set by the data set)', type=int)
+    add('--max_objects', 'most objects in an image', 6, type=int)
+    add('--min_objects', 'fewest objects in an image, of shapes only', 2, type=int)
+    add('--data_seed', 'decides what is drawn', 0, type=int)
+    add('--num_images', 'images to draw and count, at least 32', 1000, type=int)
+    add('--output', 'where the sheet goes', Path('samples.png'), type=Path)
     group = parser.add_argument_group('preparing')
-    add = group.add_argument
-    add('--prepare', choices=tuple(PUBLISHED), help='turn this data set into one HDF5 file in --data_dir')
-    add('--url', help='where to download it from, if it is not in --data_dir')
-    add('--limit', type=int, help='stop after so many scenes')
+    add('--prepare', 'turn this data set into one HDF5 file in --data_dir', group=group, choices=tuple(PUBLISHED))
+    add('--url', 'where to download it from, if it is not in --data_dir', group=group)
+    add('--limit', 'stop after so many scenes', group=group, type=int)
     args = parser.parse_args(argv)
     if args.num_images < 32:
         parser.error(f'--num_images must be at least 32, a sheet, not {args.num_images}')

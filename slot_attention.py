@@ -12,7 +12,9 @@ iterations, N = h * w places of the encoder's grid, C feature channels, H x W pi
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +49,9 @@ class ModelConfig:
     gradient       'full': through all T iterations (the paper); 'first_order': through the last
                    one only (Chang et al. 2022, arXiv 2207.00787)
     damping        keeps slots empty that win little attention, see SlotAttention; 0: the paper
-    eval_damping, eval_sharpness, eval_iterations
-                   how slots compete in evaluation mode, see SlotAttention; 0, 1 and 0: as the paper
+    eval_iterations  iterations in evaluation mode; 0: as in training
+    slot_worth     what a slot must take off the mean squared error of its image to be used in
+                   evaluation mode, see SlotAttention.revise; 0: slots stay as they are (the paper)
 
     Raises ConfigError, in one line that names the field, for values that make no model.
     """
@@ -62,9 +65,8 @@ class ModelConfig:
     slot_init: str = 'gaussian'
     gradient: str = 'full'
     damping: float = 0.0
-    eval_damping: float = 0.0
-    eval_sharpness: float = 1.0
     eval_iterations: int = 0
+    slot_worth: float = 0.0
 
     def __post_init__(self):
         for name, allowed in (
@@ -79,7 +81,7 @@ class ModelConfig:
                 raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.architecture == 'fast' and self.slot_dim <= FRAME:
             raise ConfigError(f"the 'fast' architecture keeps {FRAME} entries for the frame: slot_dim must be larger")
-        for name in ('damping', 'eval_damping', 'eval_sharpness', 'eval_iterations'):
+        for name in ('damping', 'eval_iterations', 'slot_worth'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f'{name} must be at least 0, not {getattr(self, name)}')
         possible = [r for r in range(MIN_RESOLUTION, MAX_RESOLUTION + 1) if _can_produce(self.architecture, r)]
@@ -110,11 +112,7 @@ class SlotAttention(nn.Module):
     is divided by (attention won + c N) instead, so a slot that wins little stays as it was (in the
     spirit of Krimmel et al. 2024, arXiv 2407.04170); 0 is Algorithm 1.
 
-    Two slots draw an object better than one, so the loss teaches slots to share objects, under any
-    damping they are trained with. Hence the `eval_` values: in evaluation mode slots compete harder
-    than they have learned to get around, with logits times `eval_sharpness`, `eval_damping` (half of
-    it in the last iteration, so that slots end nearer to those of training) and `eval_iterations`
-    (0: as in training).
+    A slot of zeros is empty: it wins no attention, draws nothing, and stays as it is.
     """
 
     def __init__(
@@ -126,15 +124,13 @@ class SlotAttention(nn.Module):
         slot_init: str = 'gaussian',
         gradient: str = 'full',
         damping: float = 0.0,
-        eval_damping: float = 0.0,
-        eval_sharpness: float = 1.0,
         eval_iterations: int = 0,
+        slot_worth: float = 0.0,
     ):
         super().__init__()
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
         self.slot_init, self.gradient = slot_init, gradient
-        self.damping, self.eval_damping = damping, eval_damping
-        self.eval_sharpness, self.eval_iterations = eval_sharpness, eval_iterations or num_iterations
+        self.damping, self.slot_worth, self.eval_iterations = damping, slot_worth, eval_iterations or num_iterations
 
         if slot_init == 'gaussian':
             self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
@@ -186,6 +182,7 @@ class SlotAttention(nn.Module):
         num_iterations: int | None = None,
         slots: Tensor | None = None,
         generator: torch.Generator | None = None,
+        faults: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Bind inputs to slots.
 
@@ -194,6 +191,7 @@ class SlotAttention(nn.Module):
         num_iterations  T, instead of the one in training
         slots           [B, K, D] to start from, instead of initial_slots()
         generator       source of the Gaussian noise, on the module's device
+        faults          of what is drawn from slots, by which they are revised, see revise()
 
         Returns slots [B, K, D] and the attention of every iteration [B, T, K, N], which sums to
         1 over K. Raises ConfigError for fewer than one slot or iteration.
@@ -210,41 +208,109 @@ class SlotAttention(nn.Module):
         if slots is None:
             slots = self.initial_slots(inputs.shape[0], num_slots, generator)
 
-        attns = []
+        attns, initial = [], slots
         if self.gradient == 'first_order':
-            start = slots
             with torch.no_grad():
                 for _ in range(num_iterations - 1):
                     slots, attn = self.step(slots, k, v)
                     attns.append(attn)
             # Straight through: the value of the refined slots, the gradient of the initial ones.
             # Without it neither mu and log_sigma nor learned slots would learn (BO-QSA, Eq. 6).
-            slots = slots.detach() + start - start.detach()
+            slots = slots.detach() + initial - initial.detach()
             num_iterations = 1
-        for left in reversed(range(num_iterations)):
-            slots, attn = self.step(slots, k, v, last=left == 0)
+        for _ in range(num_iterations):
+            slots, attn = self.step(slots, k, v)
             attns.append(attn)
-        return slots, torch.stack(attns, dim=1)
+        if self.slot_worth and faults is not None and not self.training:
+            slots, attns[-1] = self.revise(slots, attns[-1], initial, inputs, k, v, faults)
+        return self.finish(slots, attns[-1], inputs), torch.stack(attns, dim=1)
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+    def step(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration: slots [B, K, D], k and v [B, N, D] -> slots [B, K, D], attn [B, K, N]."""
+        empty = is_empty(slots)
+        attn = softmax_of_present(self.logits(slots, k), empty)  # [B, K, N], over the slots: they compete
+        return self.update(slots, attn, v).masked_fill(empty, 0), attn
+
+    def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
+        """Slots [B, K, D] after they have attended by attn [B, K, N] to v [B, N, D]."""
         B, K, D = slots.shape
-        damping, sharpness = self.damping, 1.0
-        if not self.training:
-            damping, sharpness = self.eval_damping / (2 if last else 1), self.eval_sharpness
-        attn = (sharpness * self.logits(slots, k)).softmax(dim=1)  # [B, K, N], over the slots: they compete
         weights = attn + 1e-8
         won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
-        weights = weights / (won + damping * attn.shape[2])  # over the inputs: a weighted mean
+        weights = weights / (won + self.damping * attn.shape[2])  # over the inputs: a weighted mean
         updates = weights @ v  # [B, K, D]
         slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
-        slots = slots + self.mlp(self.norm_mlp(slots))
-        return slots, attn
+        return slots + self.mlp(self.norm_mlp(slots))
+
+    def finish(self, slots: Tensor, attn: Tensor, inputs: Tensor) -> Tensor:
+        """What is done to slots [B, K, D] after the last iteration: nothing in Algorithm 1.
+
+        attn [B, K, N] is the last iteration's, inputs [B, N, D_in] are normalised.
+        """
+        return slots
+
+    def revise(
+        self,
+        slots: Tensor,
+        attn: Tensor,
+        initial: Tensor,
+        inputs: Tensor,
+        k: Tensor,
+        v: Tensor,
+        faults: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Look for fewer slots, then for better ones: slots [B, K, D], attn [B, K, N] -> the same.
+
+        `initial` slots [B, K, D], normalised inputs [B, N, D_in], k and v [B, N, D] are those of forward().
+        Two slots draw an object a little better than one, so the loss teaches spare slots to share
+        objects; and a slot that has settled on two objects stays there. The loss of the image itself
+        tells both, without labels, as the likelihood does in split-and-merge EM (Ueda et al. 2000).
+        `faults` takes finished slots and returns the error of what they draw [B], and the attention of
+        one that would look where it is worst [B, N].
+
+        1. Each slot in turn, from the one that won least, is emptied, and the others have one iteration
+           to take over. Only where the error rises by `slot_worth` or more does it come back.
+        2. Twice, an empty slot is put where the image is drawn worst. Only where the error falls by
+           `slot_worth` or more after num_iterations does it stay.
+        """
+
+        def judge(slots: Tensor, attn: Tensor) -> tuple[Tensor, Tensor]:
+            return faults(self.finish(slots, attn, inputs))
+
+        def where(choice: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(torch.where(choice.view(-1, *(1,) * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True))
+
+        best = slots, attn, *judge(slots, attn)
+        for weakest in attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B], never the strongest
+            slots = best[0].scatter(1, weakest[:, None, None].expand(-1, 1, best[0].shape[2]), 0)
+            slots, attn = self.step(slots, k, v)
+            trial = slots, attn, *judge(slots, attn)
+            best = where(trial[2] < best[2] + self.slot_worth, trial, best)
+
+        for _ in range(2):
+            empty = is_empty(best[0]) & ~is_empty(initial)  # what the caller has emptied stays so
+            first = empty & (empty.cumsum(dim=1) == 1)  # [B, K, 1]
+            attn = best[3][:, None].expand_as(attn)
+            slots = torch.where(first, self.update(initial, attn, v), best[0])
+            for _ in range(self.num_iterations):
+                slots, attn = self.step(slots, k, v)
+            trial = slots, attn, *judge(slots, attn)
+            best = where(first.any(dim=1).squeeze(1) & (trial[2] <= best[2] - self.slot_worth), trial, best)
+        return best[:2]
 
     def logits(self, slots: Tensor, k: Tensor) -> Tensor:
         """How much each slot asks for each input: slots [B, K, D], k [B, N, D] -> [B, K, N]."""
         q = self.project_q(self.norm_slots(slots))  # [B, K, D]
         return q @ k.transpose(1, 2) * slots.shape[2] ** -0.5
+
+
+def is_empty(slots: Tensor) -> Tensor:
+    """Which slots [B, K, D] are empty, that is zeros: bool [B, K, 1]."""
+    return (slots == 0).all(dim=2, keepdim=True)
+
+
+def softmax_of_present(logits: Tensor, empty: Tensor) -> Tensor:
+    """Softmax of logits [B, K, ...] over the K slots, 0 for those that are empty [B, K, ones]."""
+    return logits.masked_fill(empty, torch.finfo(logits.dtype).min).softmax(dim=1)
 
 
 FRAME = 3  # the first entries of a framed slot: its x and y in [-1, 1] and its size
@@ -271,9 +337,9 @@ class FramedSlotAttention(SlotAttention):
     After every iteration the first three entries of a slot are its frame, measured from what it
     attends to: mean place (x, y) and standard deviation (Invariant Slot Attention, Biza et al.
     2023, arXiv 2302.04973). The attention is squared for it, so that a little of it spread over the
-    whole image does not count. A slot asks less for what is far from it, in its own frame, so that objects of
-    like colour are told apart by place. After the last iteration a glimpse of the features is added: a
-    weighted mean of the inputs forgets where they were, and with it the outline of the object.
+    whole image does not count. A slot asks less for what is far from it, in its own frame, so that
+    objects of like colour are told apart by place. After the last iteration a glimpse of the features is
+    added: a weighted mean of the inputs forgets where they were, and with it the outline of the object.
     """
 
     MIN_SIZE = 0.05
@@ -301,18 +367,15 @@ class FramedSlotAttention(SlotAttention):
         distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N]
         return super().logits(slots, k) - F.softplus(self.nearness) * distance
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
-        """As SlotAttention.step(); the frame of what was attended to takes its entries of the slots."""
-        slots, attn = super().step(slots, k, v, last)
-        return torch.cat([self.frame(attn), slots[..., FRAME:]], dim=2), attn
+    def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
+        """As SlotAttention.update(); the frame of what was attended to takes its entries of the slots."""
+        return torch.cat([self.frame(attn), super().update(slots, attn, v)[..., FRAME:]], dim=2)
 
-    def forward(self, inputs: Tensor, **per_call) -> tuple[Tensor, Tensor]:
-        """As SlotAttention.forward(); inputs [B, h * w, D_in] of a square grid."""
-        slots, attns = super().forward(inputs, **per_call)
-        seen = self.glimpse(
-            self.norm_inputs(inputs), attns[:, -1], slots[..., :FRAME], self.axis, self.norm_slots(slots)
-        )
-        return torch.cat([slots[..., :FRAME], (slots + seen)[..., FRAME:]], dim=2), attns
+    def finish(self, slots: Tensor, attn: Tensor, inputs: Tensor) -> Tensor:
+        """As SlotAttention.finish(): adds the glimpse; N = h * w inputs of a square grid."""
+        frame = slots[..., :FRAME]
+        seen = self.glimpse(inputs, attn, frame, self.axis, self.norm_slots(slots))
+        return torch.cat([frame, (slots + seen)[..., FRAME:]], dim=2).masked_fill(is_empty(slots), 0)
 
 
 class Glimpse(nn.Module):
@@ -408,7 +471,7 @@ class Decoder(nn.Module):
     """Spatial broadcast decoder: slots [M, D] -> colours and mask logit [M, 4, H, W] (Tables 4, 5).
 
     Every slot is copied to all places of a coarse grid, given its position, and upsampled by
-    transposed convolutions of (kernel, stride, channels).
+    transposed convolutions of (kernel, stride, channels). `pixels` picks rows and columns of the whole.
     """
 
     def __init__(self, resolution: int, slot_dim: int, layers: list[tuple[int, int, int]]):
@@ -434,7 +497,7 @@ class ImplicitDecoder(nn.Module):
     it lies (as in Biza et al. 2023).
     """
 
-    UNITS = 8
+    UNITS, MIN_SIZE = 8, 0.01  # slots of any origin may be decoded, with sizes below zero too
 
     def __init__(self, resolution: int, slot_dim: int, channels: int):
         super().__init__()
@@ -444,9 +507,9 @@ class ImplicitDecoder(nn.Module):
 
     def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
         frame = slots[:, :FRAME]
-        places = in_frame(self.axis, frame, min_size=0.01)  # [M, 2, R]; slots of any origin may be decoded
+        places = in_frame(self.axis, frame, self.MIN_SIZE)  # [M, 2, R]
         x, y = places[:, 0:1, pixels[1]], places[:, 1:2, pixels[0]]  # [M, 1, w], [M, 1, h]
-        code = torch.cat([frame[:, :2], frame[:, 2:].clamp(min=0.01).log(), slots[:, FRAME:]], dim=1)
+        code = torch.cat([frame[:, :2], frame[:, 2:].clamp(min=self.MIN_SIZE).log(), slots[:, FRAME:]], dim=1)
         inner, outer = self.hyper(code).split([3 * self.UNITS, 4 * (self.UNITS + 1)], dim=1)
         inner, outer = inner.unflatten(1, (self.UNITS, 3)), outer.unflatten(1, (4, self.UNITS + 1))
         # A half-plane is a sum of a function of x and one of y: cheaper than a product per pixel.
@@ -492,11 +555,9 @@ class SlotAttentionAutoEncoder(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.encoder = _build_encoder(config)
-        shared = {
-            name: getattr(config, name)
-            for name in ('num_slots', 'slot_dim', 'num_iterations', 'slot_init', 'gradient')
-            + ('damping', 'eval_damping', 'eval_sharpness', 'eval_iterations')
-        }
+        shared = asdict(config)
+        for name in ('architecture', 'resolution', 'hidden_dim'):
+            del shared[name]
         if config.architecture == 'fast':
             self.slot_attention = FramedSlotAttention(config.hidden_dim, self.encoder.grid_size, **shared)
         else:
@@ -515,19 +576,37 @@ class SlotAttentionAutoEncoder(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f'images must be [B, 3, {size}, {size}], not {list(images.shape)}')
         features = self.encoder(images)  # [B, N, C]
-        slots, attn = self.slot_attention(features, **per_call)
+        slots, attn = self.slot_attention(features, faults=partial(self.faults, images), **per_call)
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
     def decode(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> colours [B, K, 3, H, W] and masks [B, K, 1, H, W]; each slot alone.
 
         `pixels` are the rows and columns wanted, which H and W then count. The image is their sum
-        (rgbs * masks).sum(1); masks are a softmax over the slots.
+        (rgbs * masks).sum(1); masks are a softmax over the slots. A slot of zeros is empty, its mask 0:
+        `slots[:, k] = 0` takes an object out.
         """
         B, K, D = slots.shape
         decoded = self.decoder(slots.reshape(B * K, D), pixels).unflatten(0, (B, K))  # [B, K, 4, H, W]
         rgbs, logits = decoded.split([3, 1], dim=2)
-        return rgbs, logits.softmax(dim=1)
+        return rgbs, softmax_of_present(logits, is_empty(slots)[..., None, None])
+
+    def faults(self, images: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """What is wrong with the images that slots [B, K, D] draw: MSE [B], and where, as attention [B, N].
+
+        The attention is that of a slot which would look where it is worst: the error around that
+        place, its largest value 1. Every second row and column is enough to tell.
+        """
+        size, second = self.encoder.grid_size, slice(None, None, 2)
+        rgbs, masks = self.decode(slots, (second, second))
+        error = ((rgbs * masks).sum(dim=1) - images[:, :, second, second]).float().square().mean(dim=1)
+        coarse = F.adaptive_avg_pool2d(error, size)  # [B, h, w]
+        axis = place_centres(size).to(coarse)
+        near = torch.exp(-0.5 * ((axis[:, None] - axis) / 0.125).square())  # [w, w]; an object is about as wide
+        worst = (near @ coarse @ near).flatten(1).argmax(dim=1)  # [B]
+        around = coarse * near[worst // size][:, :, None] * near[worst % size][:, None, :]
+        around = around.flatten(1)
+        return error.mean(dim=(1, 2)), around / (around.amax(dim=1, keepdim=True) + 1e-12)
 
     def forward(self, images: Tensor, pixels: tuple[slice, slice] = ALL, **per_call) -> SlotAttentionOutput:
         """encode, decode, combine; arguments as in encode() and decode()."""

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +62,12 @@ from visualize import visualize_attention_evolution, visualize_slots
 RECIPES = {
     'fast': dict(
         hidden_dim=64, num_iterations=8, slot_init='learned', gradient='first_order', damping=1 / 32,
-        eval_damping=1 / 8, eval_sharpness=1.5, eval_iterations=12, optimizer='muon',
+        eval_iterations=12, slot_worth=1e-3, optimizer='muon',
         epochs=5, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=2_500, clip=1.0, pixel_stride=2,
     ),
     'paper': dict(
         hidden_dim=64, num_iterations=3, slot_init='gaussian', gradient='full', damping=0.0,
-        eval_damping=0.0, eval_sharpness=1.0, eval_iterations=0, optimizer='adam',
+        eval_iterations=0, slot_worth=0.0, optimizer='adam',
         epochs=100, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, clip=0.0, pixel_stride=1,
     ),
 }  # fmt: skip
@@ -82,7 +82,7 @@ DATA_FLAGS = (
     'seed', 'optimizer',
 )  # fmt: skip
 OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'pixel_stride')
-FREE_IN_EVAL = ('num_slots', 'num_iterations', 'eval_damping', 'eval_sharpness', 'val_size', 'max_objects')
+FREE_IN_EVAL = ('num_slots', 'num_iterations', 'slot_worth', 'val_size', 'max_objects')
 SCORES = {
     'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'attn_fg_ari': 'attn FG-ARI',
     'consistency': 'consistency',
@@ -94,7 +94,7 @@ DIAGNOSES = {
     'largest_slot': (0.9, 'one slot holds nearly all objects: try a lower --lr, a longer --warmup_steps or --seed'),
     'sameness': (0.5, 'the masks do not depend on the image (stripes, blobs): raise --lr or try another --seed'),
     'missed': (0.2, 'many objects are left to the background: try more --num_iterations, --num_slots or --epochs'),
-    'split': (0.15, 'spare slots split objects: try fewer --num_slots, a larger --eval_damping or more --epochs'),
+    'split': (0.15, 'spare slots split objects: try a larger --slot_worth, fewer --num_slots or more --epochs'),
 }
 SETTLED = 3  # validations in a row with the same diagnosis, before it is said
 
@@ -150,8 +150,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'gradient', str, 'through all iterations, or the last one only', choices=('full', 'first_order'))
     add(group, 'damping', float, 'share of the image below which the attention that a slot wins hardly updates it')
     add(group, 'eval_iterations', at_least(0), 'iterations in evaluation; 0: as in training')
-    add(group, 'eval_damping', float, 'damping in evaluation')
-    add(group, 'eval_sharpness', float, 'factor on the logits of the attention in evaluation')
+    add(group, 'slot_worth', float, 'MSE that a slot must take off its image to be used in evaluation; 0: all are')
     group = parser.add_argument_group('optimisation')
     add(group, 'optimizer', str, 'muon: Muon for the matrices, Adam for the rest', choices=('adam', 'muon'))
     add(group, 'pixel_stride', at_least(1), 'the loss is that of every so many rows and columns, at random offsets')
@@ -287,7 +286,9 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is None:
                     continue
-                buffer = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+                buffer = self.state[p]['momentum']
                 buffer.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(buffer, group['momentum']).flatten(1)
                 updates.setdefault(update.shape, []).append((p, update))
@@ -563,9 +564,8 @@ def data_of(args: argparse.Namespace) -> dict:
 
 def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> int:
     """--eval: print the scores of a checkpoint on the test split as a table; returns the exit status."""
+    checkpoint = checkpoint | {'config': replace(checkpoint['config'], slot_worth=args.slot_worth)}
     model = build_model(checkpoint, args.resume).to(place.device)
-    model.slot_attention.eval_damping = args.eval_damping
-    model.slot_attention.eval_sharpness = args.eval_sharpness
     test = create_dataset(split='test', size=args.val_size, **data_of(args))
     loader = wrap_in_loader(test, 32, shuffle=False)
     scores, figures = evaluate(model, loader, place, num_slots=args.num_slots, num_iterations=args.num_iterations)

@@ -19,6 +19,7 @@ from slot_attention import (
     SlotAttentionAutoEncoder,
     adjusted_rand_index,
     fg_ari,
+    is_empty,
     load_checkpoint,
     load_model,
     place_centres,
@@ -477,40 +478,88 @@ def test_some_rows_and_columns_decode_as_in_the_whole(architecture):
         assert torch.allclose(a[..., rows, columns], b, atol=1e-5)
 
 
-def test_slots_compete_harder_in_evaluation():
-    """A sharper softmax and more damping, and in evaluation mode only."""
-    module = SlotAttention(12, 4, 8, num_iterations=1, eval_sharpness=3.0, eval_damping=0.5).double()
-    plain = SlotAttention(12, 4, 8, num_iterations=1).double()
-    plain.load_state_dict(module.state_dict())
-    inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
-
-    def run(which):
-        return which(inputs, slots=start)
-
-    for found, expected in zip(run(module), run(plain), strict=True):
-        assert torch.equal(found, expected)  # training mode
-    (slots, attn), (_, plain_attn) = run(module.eval()), run(plain.eval())
-    cubed = plain_attn**3
-    assert torch.allclose(attn, cubed / cubed.sum(dim=2, keepdim=True))
-    plain.eval_sharpness, plain.eval_damping = 3.0, 0.5
-    assert torch.equal(slots, run(plain)[0])
-    plain.eval_damping = 0.4
-    assert not torch.allclose(slots, run(plain)[0])
+@pytest.mark.parametrize('architecture', ['fast', 'paper'])
+def test_an_empty_slot_wins_nothing_draws_nothing_and_stays_empty(architecture):
+    model = small_model(architecture=architecture).eval()
+    images, start = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 16)
+    start[:, 1] = 0
+    with torch.no_grad():
+        _, masks, slots, attn = model(images, slots=start)
+        others = [0, 2, 3]
+        without = model(images, slots=start[:, others])
+    assert (slots[:, 1] == 0).all() and (attn[:, :, 1] == 0).all() and (masks[:, 1] == 0).all()
+    assert torch.allclose(masks[:, others], without.masks, atol=1e-5)
+    assert torch.allclose(slots[:, others], without.slots, atol=1e-4)
+    assert model.decode(torch.zeros(1, 4, 16))[1].isfinite().all()  # nothing is left, and nothing breaks
 
 
-def test_evaluation_takes_its_own_iterations_and_half_the_damping_in_the_last():
-    module = SlotAttention(12, 4, 8, num_iterations=2, eval_iterations=3, eval_damping=0.2).double()
-    inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
-    assert module(inputs, slots=start)[1].shape[1] == 2
-    slots, attn = module.eval()(inputs, slots=start)
-    assert attn.shape[1] == 3 and module(inputs, num_iterations=1, slots=start)[1].shape[1] == 1
-    inputs = module.norm_inputs(inputs)
-    k, v = module.project_k(inputs), module.project_v(inputs)
-    by_hand = start
-    for damping in (0.4, 0.4, 0.2):  # halved within step() only where it is the last
-        module.eval_damping = damping
-        by_hand, _ = module.step(by_hand, k, v, last=True)
-    assert torch.allclose(slots, by_hand)
+def test_slots_that_are_not_worth_their_place_are_emptied_in_evaluation():
+    """The error is told which slots are left, and each of them lowers it by a known amount."""
+    module = SlotAttention(12, 5, 8, num_iterations=2, slot_worth=0.1).double()
+    inputs, start = torch.randn(3, 9, 12).double(), torch.randn(3, 5, 8).double()
+    gains = torch.tensor([[0.3, 0.05, 0.2, 0.0, 0.5], [0.0] * 5, [0.1, 0.1, 0.1, 0.1, 0.1]]).double()
+
+    def faults(slots):
+        return 1 - (gains * ~is_empty(slots).squeeze(2)).sum(dim=1), torch.ones(3, 9).double()
+
+    trained, trained_attn = module(inputs, slots=start, faults=faults)
+    assert not is_empty(trained).any()
+    slots, attn = module.eval()(inputs, slots=start, faults=faults)
+    left = ~is_empty(slots).squeeze(2)
+    strongest = trained_attn[:, -1].sum(dim=2).argmax(dim=1)
+    assert left[2].all() and left[1].nonzero().squeeze() == strongest[1]  # one is always left
+    assert left[0].tolist() == [True, strongest[0] == 1, True, strongest[0] == 3, True]
+    assert torch.equal(slots[2], trained[2]) and torch.equal(attn[2], trained_attn[2])
+    assert (attn[:, -1] > 0).equal(left[:, :, None].expand(-1, -1, 9)) and attn.shape == trained_attn.shape
+    assert torch.allclose(attn.sum(dim=2), torch.ones(3, 2, 9).double())
+
+
+def test_pruning_raises_the_error_by_less_than_was_asked():
+    images = torch.randn(4, 3, 16, 16)
+    model = small_model(architecture='fast', num_slots=6, slot_init='learned').eval()
+    pruned = small_model(architecture='fast', num_slots=6, slot_init='learned', slot_worth=10.0).eval()
+    pruned.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert not is_empty(model(images).slots).any()
+        assert (is_empty(pruned(images).slots).sum(dim=1) == 5).all()  # anything is cheap at that price
+        pruned.slot_attention.slot_worth = 1e-4
+        output = pruned(images)
+    every_second = (..., slice(None, None, 2), slice(None, None, 2))
+    before, after = ((o.recons - images)[every_second].square().mean((1, 2, 3)) for o in (model(images), output))
+    emptied = is_empty(output.slots).sum(dim=(1, 2))
+    assert (after <= before + 1e-4 * emptied).all()
+
+
+def test_an_empty_slot_is_tried_where_the_image_is_drawn_worst(monkeypatch):
+    """One of three slots is as good as all, until an empty one is tried: then each is worth 0.2."""
+    module = FramedSlotAttention(12, 4, num_slots=3, slot_dim=8, num_iterations=2, slot_worth=0.1).eval()
+    inputs, start = torch.randn(1, 16, 12), torch.randn(1, 3, 8)
+    worst = torch.zeros(1, 16)
+    worst[0, 6] = 1.0  # second row, third column: x 0.25, y -0.25
+    calls, frames = [], []
+    update = module.update
+
+    def faults(slots):
+        calls.append(3 - int(is_empty(slots).sum()))
+        return torch.tensor([1.0 if len(calls) <= 3 else 1.0 - 0.2 * calls[-1]]), worst
+
+    def watched(slots, attn, v):
+        slots = update(slots, attn, v)
+        frames.append(slots[0, 0, :3].tolist())
+        return slots
+
+    monkeypatch.setattr(module, 'update', watched)
+    slots, _ = module(inputs, slots=start, faults=faults)
+    assert calls == [3, 2, 1, 2, 3] and not is_empty(slots).any()
+    born = [frame for frame in frames if frame[:2] == pytest.approx([0.25, -0.25], abs=1e-4)]
+    assert len(born) == 2 and born[0][2] == pytest.approx(module.MIN_SIZE, rel=0.1)
+
+
+def test_evaluation_takes_its_own_iterations():
+    module = SlotAttention(12, 4, 8, num_iterations=2, eval_iterations=3)
+    inputs = torch.randn(2, 9, 12)
+    assert module(inputs)[1].shape[1] == 2
+    assert module.eval()(inputs)[1].shape[1] == 3 and module(inputs, num_iterations=1)[1].shape[1] == 1
 
 
 def test_a_framed_slot_asks_for_what_is_near():

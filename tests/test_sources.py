@@ -126,7 +126,7 @@ def test_clevr6_is_read_value_by_value(clevr, clevr_dir):
             assert np.array_equal(file['mask'][row], labels[29:221, 64:256])
         assert file['image'].chunks == (1, 192, 192, 3)
         assert file.attrs['max_objects'] == 6 and file.attrs['resolution'] == 192
-    assert list(clevr_dir.glob('*.part')) == []
+    assert sorted(file.suffix for file in clevr_dir.iterdir()) == ['.h5', '.tfrecords']
 
 
 def test_images_are_bilinear_and_labels_nearest(clevr, clevr_dir):
