@@ -93,9 +93,8 @@ def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, 
     return batch
 
 
-def flip_at_random(batch: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """About half of the batch mirrored left to right, images and labels together."""
-    flipped = torch.from_numpy(rng.random(len(batch['image'])) < 0.5)
+def flip(batch: dict[str, torch.Tensor], flipped: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The images where `flipped` (bool [B]) mirrored left to right, and their labels with them."""
     out = {}
     for name, values in batch.items():
         where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))
@@ -766,17 +765,29 @@ def create_dataset(
 
 
 def wrap_in_loader(
-    dataset: Dataset, batch_size: int, shuffle: bool, seed: int = 0, num_workers: int = 0, pin_memory: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
     """A DataLoader that fetches whole batches.
 
     With `shuffle`, its order is a function of (seed, epoch): call `loader.sampler.set_epoch(n)`
-    before each epoch, and incomplete batches are left out.
+    before each epoch, and incomplete batches are left out. Of several processes each takes every
+    world_size-th image of every batch, from its rank on: no image twice, none left out.
     """
+    if shuffle:
+        sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+    else:
+        sampler = range(rank, len(dataset), world_size)  # DistributedSampler would repeat images to even out
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed),
+        batch_size // world_size,
+        sampler=sampler,
         drop_last=shuffle,
         collate_fn=_as_fetched,
         num_workers=num_workers,
@@ -804,11 +815,13 @@ def create_dataloader(
     pin_memory: bool = False,
     data_dir: str | os.PathLike = 'data',
     variant: str = VARIANTS[0],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the training and the validation split: (train_loader, val_loader).
 
     dataset_type  one of DATASETS
-    batch_size    images per batch
+    batch_size    images per batch, of all processes together
     resolution    side of the square images, pixels
     max_objects   most objects in an image; not for 'images'
     min_objects   fewest objects in an image; of shapes only
@@ -818,11 +831,14 @@ def create_dataloader(
     num_workers, pin_memory   as in torch.utils.data.DataLoader
     data_dir      where sources other than shapes lie
     variant       of multi_dsprites, one of VARIANTS
+    rank, world_size          which process of how many this is, see wrap_in_loader
 
     Raises DataError (a ValueError) for a request that gives no images.
     """
     if batch_size < 1:
         raise DataError(f'batch_size must be at least 1, not {batch_size}')
+    if batch_size % world_size:
+        raise DataError(f'batch_size ({batch_size}) must be a multiple of the {world_size} processes that share it')
     train, val = (
         create_dataset(dataset_type, split, size, resolution, max_objects, min_objects, data_seed, data_dir, variant)
         for split, size in (('train', train_size), ('val', val_size))
@@ -830,8 +846,8 @@ def create_dataloader(
     if batch_size > len(train):
         raise DataError(f'batch_size ({batch_size}) must not exceed the {len(train)} training images')
     return (
-        wrap_in_loader(train, batch_size, True, seed, num_workers, pin_memory),
-        wrap_in_loader(val, batch_size, False, pin_memory=pin_memory),
+        wrap_in_loader(train, batch_size, True, seed, num_workers, pin_memory, rank, world_size),
+        wrap_in_loader(val, batch_size, False, pin_memory=pin_memory, rank=rank, world_size=world_size),
     )
 
 

@@ -10,6 +10,7 @@ called "the paper" below. Letters in shape comments: B images, K slots, M = B * 
 iterations, N = h * w places of the encoder's grid, C feature channels, H x W pixels.
 """
 
+import io
 import math
 import os
 from collections.abc import Callable
@@ -458,6 +459,7 @@ class Encoder(nn.Module):
         self.position = SoftPositionEmbed(width, size)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        _keras_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.position(self.conv(images))  # [B, C, h, w]
@@ -482,6 +484,7 @@ class Decoder(nn.Module):
             modules += [nn.ConvTranspose2d(width, channels, kernel, stride, kernel // 2, stride - 1), nn.ReLU()]
             width = channels
         self.conv = nn.Sequential(*modules[:-1])  # colours and logits are linear
+        _keras_init(self)
 
     def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
         rows, columns = pixels
@@ -497,13 +500,16 @@ class ImplicitDecoder(nn.Module):
     it lies (as in Biza et al. 2023).
     """
 
-    UNITS, MIN_SIZE = 8, 0.01  # slots of any origin may be decoded, with sizes below zero too
+    UNITS, MIN_SIZE = 16, 0.01  # slots of any origin may be decoded, with sizes below zero too
 
     def __init__(self, resolution: int, slot_dim: int, channels: int):
         super().__init__()
         self.register_buffer('axis', place_centres(resolution), persistent=False)
         sizes = 3 * self.UNITS + 4 * (self.UNITS + 1)
         self.hyper = nn.Sequential(nn.Linear(slot_dim, channels), nn.ReLU(), nn.Linear(channels, sizes))
+        _keras_init(self)
+        # What it writes is multiplied with each other: from full-sized weights a first image has an MSE of up to 10.
+        self.hyper[-1].weight.data.mul_(0.3)
 
     def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
         frame = slots[:, :FRAME]
@@ -563,8 +569,6 @@ class SlotAttentionAutoEncoder(nn.Module):
         else:
             self.slot_attention = SlotAttention(config.hidden_dim, **shared)
         self.decoder = _build_decoder(config)
-        _keras_init(self.encoder)
-        _keras_init(self.decoder)
 
     def encode(self, images: Tensor, **per_call) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
@@ -707,10 +711,12 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
         'model': model.state_dict(),
         'training': training,
     }
+    buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError of its archive, or not at all
+    torch.save(checkpoint, buffer)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -751,6 +757,6 @@ def build_model(checkpoint: dict, path: str | os.PathLike) -> SlotAttentionAutoE
     model = SlotAttentionAutoEncoder(checkpoint['config'])
     try:
         model.load_state_dict(checkpoint['model'])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path}: the weights do not fit the configuration beside them') from error
     return model.eval()

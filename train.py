@@ -3,7 +3,8 @@
     python train.py                                              # shapes, 64x64, 7 slots
     python train.py --epochs 4                                   # a first look, in minutes
     python train.py --architecture paper                         # the paper's model and schedule
-    python train.py --resume logs/checkpoints/last.pth           # go on after a stop
+    python train.py --resume auto                                # go on where the last run stopped
+    torchrun --nproc_per_node 2 train.py                         # two processes share every batch
     python train.py --eval --resume logs/checkpoints/best_model.pth --num_iterations 16
 
 The order of the images is a function of (seed, epoch), the slot noise of (seed, step), the learning
@@ -19,17 +20,27 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing stops two runs from sharing a folder
+    fcntl = None
 
 from dataset import (
     DATASETS,
@@ -38,7 +49,7 @@ from dataset import (
     DataError,
     create_dataloader,
     create_dataset,
-    flip_at_random,
+    flip,
     wrap_in_loader,
 )
 from slot_attention import (
@@ -46,6 +57,7 @@ from slot_attention import (
     ConfigError,
     ModelConfig,
     SlotAttentionAutoEncoder,
+    SlotAttentionOutput,
     adjusted_rand_index,
     build_model,
     contingency_table,
@@ -63,12 +75,14 @@ RECIPES = {
     'fast': dict(
         hidden_dim=64, num_iterations=8, slot_init='learned', gradient='first_order', damping=1 / 32,
         eval_iterations=12, slot_worth=1e-3, optimizer='muon',
-        epochs=5, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=2_500, clip=1.0, pixel_stride=2,
+        epochs=8, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=0, cooldown=0.5,
+        clip=1.0, pixel_stride=2,
     ),
     'paper': dict(
         hidden_dim=64, num_iterations=3, slot_init='gaussian', gradient='full', damping=0.0,
         eval_iterations=0, slot_worth=0.0, optimizer='adam',
-        epochs=100, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, clip=0.0, pixel_stride=1,
+        epochs=100, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0,
+        clip=0.0, pixel_stride=1,
     ),
 }  # fmt: skip
 DEFAULTS = dict(
@@ -81,7 +95,7 @@ DATA_FLAGS = (
     'dataset', 'data_dir', 'variant', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'flip',
     'seed', 'optimizer',
 )  # fmt: skip
-OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'clip', 'pixel_stride')
+OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'cooldown', 'clip', 'pixel_stride')
 FREE_IN_EVAL = ('num_slots', 'num_iterations', 'slot_worth', 'val_size', 'max_objects')
 SCORES = {
     'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'attn_fg_ari': 'attn FG-ARI',
@@ -97,19 +111,24 @@ DIAGNOSES = {
     'split': (0.15, 'spare slots split objects: try a larger --slot_worth, fewer --num_slots or more --epochs'),
 }
 SETTLED = 3  # validations in a row with the same diagnosis, before it is said
+MAX_SKIPPED = 10  # steps in a row without a finite gradient, before the run is given up
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do in one line."""
 
 
+class Stopped(Exception):
+    """SIGINT or SIGTERM has come; its number is the argument."""
+
+
 # --- Command line ----------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags as given; those of model, data and optimisation are None until settle() fills them."""
+def create_parser(**kwargs) -> argparse.ArgumentParser:
+    """All flags; those of model, data and optimisation are None until settle() fills them."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split('\n')[0], usage='python train.py [--help] [flags]', allow_abbrev=False
+        description=__doc__.split('\n')[0], usage='python train.py [--help] [flags]', allow_abbrev=False, **kwargs
     )
 
     def add(group, name, type, help, **kwargs):
@@ -159,19 +178,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, 'lr', at_least(0, float), 'peak learning rate')
     add(group, 'warmup_steps', at_least(0), 'steps of linear warm-up')
     add(group, 'decay_steps', at_least(0), 'steps in which the learning rate halves; 0: never')
+    add(group, 'cooldown', at_least(0, float), 'share of the run at its end in which the learning rate falls to 0')
     add(group, 'clip', at_least(0, float), 'largest norm of the gradient; 0: no clipping')
     add(group, 'seed', at_least(0), 'decides initial weights, order of the images and slot noise')
     group = parser.add_argument_group('logging')
     add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
     add(group, 'log_every', at_least(1), 'steps between two points of the training curves', default=50)
     add(group, 'save_every', at_least(0), 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
-    add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval')
+    add(group, 'save_minutes', at_least(0, float), 'minutes between two savings of last.pth', default=5)
+    add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval; auto: the newest in --log_dir')
     group.add_argument('--eval', action='store_true', help='score --resume on the test images and stop')
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
     add(group, 'amp', str, 'bfloat16; auto: where it is fast', default='auto', choices=('auto', 'on', 'off'))
     add(group, 'num_workers', at_least(0), 'processes that load batches; 0: none, the data are in memory', default=0)
 
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = create_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume is None:
         parser.error('--eval needs --resume PATH, the checkpoint to score')
@@ -194,9 +220,8 @@ def at_least(lowest: int, number: type = int):
 def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Namespace:
     """Fill in what was not given: from the checkpoint's flags where there is one, else the recipe.
 
-    Raises ConfigError for a flag that contradicts the checkpoint, CheckpointError for one that the
-    checkpoint should hold and does not. Optimisation flags may change on resuming; the number of
-    slots and iterations may in --eval.
+    Raises ConfigError for a flag that contradicts the checkpoint. Optimisation flags may change on
+    resuming; the number of slots and iterations may in --eval.
     """
     if saved is None:
         recipe = RECIPES[args.architecture or DEFAULTS['architecture']] | DEFAULTS
@@ -205,9 +230,6 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
         if args.architecture == 'paper' and (args.resolution or recipe['resolution']) <= 64:
             recipe['hidden_dim'] = 32  # Tables 5 and 7
     else:
-        missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in saved]
-        if missing:
-            raise CheckpointError(f'{args.resume} is of another version: it does not say {", ".join(missing)}')
         recipe = saved | {'num_iterations': saved['eval_iterations'] or saved['num_iterations']} if args.eval else saved
         folder = args.resume.parent
         args.log_dir = args.log_dir or (folder.parent if folder.name == 'checkpoints' else Path('logs'))
@@ -233,14 +255,21 @@ def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Name
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in which number format to compute; the only code that decides it."""
+    """Where and in which number format to compute, and which process of how many this is.
+
+    The only code that decides it. Without torchrun there is one process, and what speaks of many does
+    nothing. `control` is their group on the CPU, for what must not wait for a GPU.
+    """
 
     device: torch.device
     bfloat16: bool
+    rank: int = 0
+    world_size: int = 1
+    control: dist.ProcessGroup | None = None
 
     @classmethod
     def choose(cls, device: str = 'auto', amp: str = 'auto') -> 'Place':
-        """Raises ConfigError for a GPU that is not there."""
+        """Joins the other processes where torchrun has started some. Raises ConfigError for a GPU that is not there."""
         if device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: PyTorch finds no CUDA GPU here; use --device cpu')
         if device == 'auto':
@@ -250,7 +279,18 @@ class Place:
         else:  # without these instructions bfloat16 is emulated, tens of times slower than float32
             checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
             fast = any(getattr(torch.cpu, check, bool)() for check in checks)
-        return cls(torch.device(device), amp == 'on' or (amp == 'auto' and fast))
+        bfloat16 = amp == 'on' or (amp == 'auto' and fast)
+        if not dist.is_torchelastic_launched():
+            return cls(torch.device(device), bfloat16)
+        local_rank = int(os.environ['LOCAL_RANK'])
+        if device == 'cuda':
+            if local_rank >= torch.cuda.device_count():
+                raise ConfigError(f'{torch.cuda.device_count()} GPUs here: --nproc_per_node must not be more')
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+        control = dist.new_group(backend='gloo', timeout=timedelta(hours=6))  # preparing a data set takes long
+        device = torch.device(device, local_rank if device == 'cuda' else None)
+        return cls(device, bfloat16, dist.get_rank(), dist.get_world_size(), control)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
@@ -260,9 +300,47 @@ class Place:
         seed = np.random.SeedSequence(key).generate_state(1)[0]
         return torch.Generator(self.device).manual_seed(int(seed))
 
+    def shard(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch, as the loaders deal it out: [B, ...] -> [B / world_size, ...]."""
+        return batch[self.rank :: self.world_size]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the processes."""
+        if self.world_size == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / self.world_size
+
+    def largest(self, number: int) -> int:
+        """The largest that any process has, so that all decide alike."""
+        if self.world_size > 1:
+            found = torch.tensor(number)
+            dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
+            number = int(found)
+        return number
+
+    def gather(self, value) -> list:
+        """What each process has, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """The first process does what is inside before the others."""
+        if self.rank > 0:
+            self.gather(None)
+        yield
+        if self.rank == 0:
+            self.gather(None)
+
     def __str__(self) -> str:
         name = torch.cuda.get_device_name() if self.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-        return f'{name}, {"bfloat16" if self.bfloat16 else "float32"}'
+        many = f'{self.world_size} processes of ' if self.world_size > 1 else ''
+        return f'{many}{name}, {"bfloat16" if self.bfloat16 else "float32"}'
 
 
 # --- Optimiser -------------------------------------------------------------------------------
@@ -274,7 +352,10 @@ class Muon(torch.optim.Optimizer):
     Every direction of a matrix moves equally far: about 0.2 a root mean square of an entry, as Adam.
     Weights of convolutions count as matrices [out, in * kernel]. torch.optim.Muon (from 2.9) computes
     in bfloat16, which most CPUs only emulate; this one stays in float32, equal shapes in one batch.
+    As in torch's fused optimisers, nothing changes in a step where the tensor `found_inf` is 1.
     """
+
+    found_inf = torch.zeros(())
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -282,6 +363,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            found_inf = self.found_inf.to(group['params'][0].device)
             updates = {}  # by shape
             for p in group['params']:
                 if p.grad is None:
@@ -289,11 +371,12 @@ class Muon(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p]['momentum'] = torch.zeros_like(p)
                 buffer = self.state[p]['momentum']
-                buffer.lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp(buffer, group['momentum']).flatten(1)
+                grad = torch.where(found_inf > 0, buffer, p.grad)  # its own mean leaves the buffer as it is
+                buffer.lerp_(grad, 1 - group['momentum'])
+                update = grad.lerp(buffer, group['momentum']).flatten(1)
                 updates.setdefault(update.shape, []).append((p, update))
             for shape, pairs in updates.items():
-                directions = orthogonalise(torch.stack([update for _, update in pairs]))
+                directions = orthogonalise(torch.stack([update for _, update in pairs])) * (1 - found_inf)
                 for (p, _), direction in zip(pairs, directions, strict=True):
                     p.add_(direction.view_as(p), alpha=-0.2 * max(shape) ** 0.5 * group['lr'])
 
@@ -331,9 +414,14 @@ class Progress:
     """What a run knows of itself besides the weights; it travels in the checkpoint."""
 
     step: int = 0  # steps done
+    epochs: int = 0  # epochs done, with their validation
     seconds: float = 0.0  # spent training, without validation
     best: float = -math.inf  # best validation score so far
-    epoch_loss: float = 0.0  # sum over the steps of the present epoch
+    window: list = field(default_factory=list)  # [loss, gradient norm] of the steps since the last point of the curves
+    epoch_loss: float = 0.0  # sum over the steps of the present epoch that were not skipped
+    epoch_steps: int = 0  # their number
+    skipped: int = 0  # steps of the run without a finite gradient
+    skipped_in_row: int = 0
     diagnosis: str = ''  # the last one, see DIAGNOSES
     lasting: int = 0  # validations in a row that gave it
 
@@ -358,75 +446,248 @@ class Stop:
         self.signal = number
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int) -> float:
-    """Linear warm-up times exponential decay (paper Appendix E.3): a function of the step alone."""
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    return lr * warmup * (0.5 ** (step / decay_steps) if decay_steps else 1.0)
+def learning_rate(
+    step: int, lr: float, warmup_steps: int, decay_steps: int, cooldown: float = 0.0, total_steps: int = 0
+) -> float:
+    """Linear warm-up times exponential decay (paper Appendix E.3): a function of the step alone.
 
-
-def train_one_epoch(
-    model: SlotAttentionAutoEncoder,
-    loader: DataLoader,
-    optimizers: list[torch.optim.Optimizer],
-    progress: Progress,
-    args: argparse.Namespace,
-    place: Place,
-    writer: SummaryWriter,
-    stop: Stop,
-) -> None:
-    """Train to the end of the epoch that progress.step lies in, or until `stop` is set.
-
-    Raises TrainingError when the loss is not finite; the step is named.
+    In the last `cooldown` (a share) of total_steps it also falls, linearly, to 0.
     """
-    epoch, done = divmod(progress.step, len(loader))
-    loader.sampler.set_epoch(epoch)
-    model.train()
-    waiting = []  # losses and gradient norms on the device, read back every log_every steps
-    bar = tqdm(total=len(loader), initial=done, desc=f'epoch {epoch + 1}/{args.epochs}', disable=None, leave=False)
-    start = time.perf_counter()
-    for batch in itertools.islice(loader, done, None):
-        lr = learning_rate(progress.step, args.lr, args.warmup_steps, args.decay_steps)
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group['lr'] = lr
-        rng = np.random.default_rng([args.seed, progress.step])
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    decay = 0.5 ** (step / decay_steps) if decay_steps else 1.0
+    cool = min(1.0, (total_steps - step) / (cooldown * total_steps)) if cooldown else 1.0
+    return lr * warmup * decay * cool
+
+
+@dataclass
+class Run:
+    """A training run: what it consists of, and how it goes on."""
+
+    args: argparse.Namespace
+    place: Place
+    model: SlotAttentionAutoEncoder
+    optimizers: list[torch.optim.Optimizer]
+    loaders: tuple[DataLoader, DataLoader]
+    progress: Progress
+    log: 'Log'
+    stop: Stop
+
+    def __post_init__(self):
+        self.parallel = self.model
+        if self.place.world_size > 1:  # averages the gradients of the processes
+            devices = [self.place.device] if self.place.device.type == 'cuda' else None
+            self.parallel = DistributedDataParallel(self.model, devices, broadcast_buffers=False)
+        self.saved_at = self.clock = time.monotonic()
+        self.failed = False  # the last saving
+
+    def train_epoch(self) -> None:
+        """Train to the end of the epoch that progress.step lies in.
+
+        Raises Stopped when a signal has come, TrainingError after MAX_SKIPPED steps in a row without a
+        finite gradient.
+        """
+        args, progress, loader = self.args, self.progress, self.loaders[0]
+        done = progress.step - progress.epochs * len(loader)
+        loader.sampler.set_epoch(progress.epochs)
+        self.model.train()
+        waiting = [
+            torch.tensor(pair, device=self.place.device) for pair in progress.window
+        ]  # read back every log_every steps
+        self.clock = time.monotonic()
+        bar = tqdm(
+            total=len(loader), initial=done, desc=f'epoch {progress.epochs + 1}/{args.epochs}', leave=False,
+            disable=None if self.place.rank == 0 else True,
+        )  # fmt: skip
+        with bar:
+            for batch in itertools.islice(loader, done, None):
+                waiting.append(self.train_step(batch))
+                progress.step += 1
+                bar.update()
+                if progress.step % args.log_every == 0 or progress.step % len(loader) == 0:
+                    bar.set_postfix_str(self.log_window(waiting))
+                    waiting = []
+                signal = self.place.largest(self.stop.signal or 0)  # looked at once: it may come at any moment
+                due = time.monotonic() - self.saved_at > args.save_minutes * 60
+                if signal or due:
+                    progress.window = torch.stack(waiting).tolist() if waiting else []
+                if signal:
+                    raise Stopped(signal)
+                if due:
+                    self.save('last.pth')
+        progress.window = []
+
+    def train_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """One step; returns loss and gradient norm [2]. Where they are not finite, nothing else changes."""
+        args, place, step = self.args, self.place, self.progress.step
+        lr = self.learning_rate(step)
+        rng = np.random.default_rng([args.seed, step])
         if args.flip:
-            batch = flip_at_random(batch, rng)
+            batch = flip(batch, place.shard(torch.from_numpy(rng.random(args.batch_size) < 0.5)))
         rows, columns = (slice(offset, None, args.pixel_stride) for offset in rng.integers(args.pixel_stride, size=2))
         images = batch['image'].to(place.device, non_blocking=True)
+        # Drawn for the whole batch, so that the noise of an image is the same for any number of processes.
+        slots = self.model.slot_attention.initial_slots(
+            args.batch_size, args.num_slots, place.generator(args.seed, step)
+        )
         with place.autocast():
-            recons = model(images, (rows, columns), generator=place.generator(args.seed, progress.step)).recons
+            recons = self.parallel(images, (rows, columns), slots=place.shard(slots)).recons
         loss = F.mse_loss(recons.float(), images[:, :, rows, columns])
-        model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        for optimizer in optimizers:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip or math.inf)
+        loss = place.mean(loss.detach())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            # The flag with which torch's GradScaler has a fused optimiser skip a step without a synchronisation.
+            optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
             optimizer.step()
-        progress.step += 1
-        waiting.append(torch.stack([loss.detach(), norm]))
-        bar.update()
+        return torch.stack([loss, norm])
 
-        stopping = stop.signal is not None  # looked at once: it may come at any moment
-        if stopping or progress.step % args.log_every == 0 or progress.step % len(loader) == 0:
-            losses, norms = torch.stack(waiting).double().cpu().T
-            seconds = time.perf_counter() - start
-            for i, value in enumerate(losses.tolist()):
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f'the loss is {value} at step {progress.step - len(waiting) + i + 1} (learning rate {lr:.1e}); '
-                        'the last checkpoint is untouched; try a lower --lr or --clip 1.0'
-                    )
-                progress.epoch_loss += value
-            rate = len(waiting) * args.batch_size / seconds
-            writer.add_scalar('train/loss', losses.mean().item(), progress.step)
-            writer.add_scalar('train/lr', lr, progress.step)
-            writer.add_scalar('train/grad_norm', norms.mean().item(), progress.step)
-            writer.add_scalar('system/images_per_second', rate, progress.step)
-            bar.set_postfix_str(f'loss {losses.mean():.4f}, {rate:.0f} images/s')
-            progress.seconds += seconds
-            waiting, start = [], time.perf_counter()
-        if stopping:
-            break
-    bar.close()
+    def log_window(self, waiting: list[Tensor]) -> str:
+        """A point of the training curves: means over the steps since the last one, as a text for the bar."""
+        progress, args = self.progress, self.args
+        losses, norms = torch.stack(waiting).double().cpu().T
+        finite = torch.isfinite(losses + norms)
+        lr = self.learning_rate(progress.step - 1)
+        for i, good in enumerate(finite.tolist()):
+            progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
+            if progress.skipped_in_row == MAX_SKIPPED:
+                step = progress.step - len(waiting) + i + 1
+                raise TrainingError(
+                    f'{MAX_SKIPPED} steps in a row could not be taken: at step {step} the loss is {losses[i]:.3g}, the '
+                    f'gradient norm {norms[i]:.3g}, the learning rate {lr:.1e}; the last checkpoint is untouched; '
+                    'try a lower --lr or --clip 1.0'
+                )
+        seconds = self.tick()
+        rate = len(waiting) * args.batch_size / seconds
+        progress.skipped += int((~finite).sum())
+        progress.epoch_steps += int(finite.sum())
+        progress.epoch_loss += losses[finite].sum().item()
+        if finite.any():
+            self.log.add_scalar('train/loss', losses[finite].mean().item(), progress.step)
+            self.log.add_scalar('train/grad_norm', norms[finite].mean().item(), progress.step)
+        self.log.add_scalar('train/lr', lr, progress.step)
+        self.log.add_scalar('train/skipped_steps', progress.skipped, progress.step)
+        self.log.add_scalar('system/images_per_second', rate, progress.step)
+        return f'loss {losses.mean():.4f}, {rate:.0f} images/s'
+
+    def learning_rate(self, step: int) -> float:
+        args, total_steps = self.args, self.args.epochs * len(self.loaders[0])
+        return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, total_steps)
+
+    def tick(self) -> float:
+        """Seconds since it was last asked, which it adds to those of the run."""
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        self.progress.seconds += seconds
+        return seconds
+
+    def validate(self) -> dict[str, float]:
+        """Validate, log and print the epoch that has just ended; returns the scores. Raises Stopped."""
+        progress, place = self.progress, self.place
+        train_loss = progress.epoch_loss / max(progress.epoch_steps, 1)
+        scores, figures = evaluate(self.model, self.loaders[1], place, self.stop)
+        for group, values in (('val', scores), ('diagnosis', figures)):
+            for name, value in values.items():
+                self.log.add_scalar(f'{group}/{name}', value, progress.step)
+        if place.rank == 0:
+            log_figures(self.model, self.loaders[1].dataset, place, self.log, progress.step)
+        summary = '  '.join(f'{SCORES[name]} {scores[name]:.4f}' for name in scores)
+        minutes, rate = progress.seconds / 60, progress.step * self.args.batch_size / max(progress.seconds, 1e-9)
+        self.say(
+            f'epoch {progress.epochs + 1:3d}  {minutes:5.1f} min  train loss {train_loss:.4f}  '
+            f'val {summary}  {rate:.0f} images/s'
+        )
+        diagnosis = diagnose(figures)
+        progress.lasting = progress.lasting + 1 if diagnosis == progress.diagnosis else 1
+        progress.diagnosis = diagnosis
+        if diagnosis and progress.lasting == SETTLED:
+            text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {figures[diagnosis]:.2f})'
+            self.say(text)
+            self.log.add_text('diagnosis', text, progress.step)
+        progress.epochs, progress.epoch_loss, progress.epoch_steps = progress.epochs + 1, 0.0, 0
+        return scores
+
+    def finish_epoch(self) -> dict[str, float]:
+        """validate(), then write the checkpoints that are due."""
+        scores = self.validate()
+        score = scores.get('fg_ari', -scores['mse'])
+        if score > self.progress.best:
+            self.progress.best = score
+            self.save('best_model.pth')
+        if self.args.save_every and self.progress.epochs % self.args.save_every == 0:
+            self.save(f'checkpoint_epoch_{self.progress.epochs}.pth')
+        self.save('last.pth')
+        return scores
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint; where that fails, say so and go on: the next one is tried again."""
+        self.saved_at = time.monotonic()
+        if self.place.rank > 0:
+            return
+        self.log.flush()  # or the points before this checkpoint would be lost to a kill
+        path = self.args.log_dir / 'checkpoints' / name
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        try:
+            save_checkpoint(
+                path, self.model, args=self.flags(), data=data_of(self.args), progress=asdict(self.progress),
+                optimizers=states,
+            )  # fmt: skip
+            self.failed = False
+            self.log.reopen()
+        except OSError as error:
+            self.failed = True
+            print(f'cannot write {path} ({error.strerror}); training goes on without', file=sys.stderr, flush=True)
+
+    def flags(self) -> dict[str, int | float | str]:
+        """The flags that make the run what it is; they travel in the checkpoint."""
+        values = {name: getattr(self.args, name) for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}
+        return {name: value if isinstance(value, int | float) else str(value) for name, value in values.items()}
+
+    def say(self, text: str) -> None:
+        if self.place.rank == 0:
+            print(text, flush=True)
+
+
+class Log:
+    """TensorBoard's SummaryWriter, of the first process only, which a full disk silences but does not break.
+
+    Points of an earlier part of the run from `first_step` on are replaced.
+    """
+
+    def __init__(self, log_dir: Path, first_step: int, place: Place):
+        self.log_dir, self.failed = log_dir, False
+        threading.excepthook = self.excepthook
+        purge_step = first_step if first_step > 1 else None
+        self.writer = SummaryWriter(log_dir, purge_step=purge_step) if place.rank == 0 else None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """add_scalar(), add_figure(), flush() ... of the writer."""
+
+        def call(*args, **kwargs) -> None:
+            if self.writer is None or self.failed:
+                return
+            try:
+                getattr(self.writer, name)(*args, **kwargs)
+            except OSError as error:
+                self.failed = True
+                print(
+                    f'cannot write TensorBoard files ({error.strerror}); training goes on', file=sys.stderr, flush=True
+                )
+
+        return call
+
+    @staticmethod
+    def excepthook(args) -> None:
+        """The writer's thread hands its OSError on to the next call; it need not print a traceback too."""
+        if not issubclass(args.exc_type, OSError):
+            threading.__excepthook__(args)
+
+    def reopen(self) -> None:
+        """Try again, in a new file, where writing has failed."""
+        if self.failed:
+            with contextlib.suppress(OSError):  # it was said before
+                self.writer, self.failed = SummaryWriter(self.log_dir), False
 
 
 def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -480,26 +741,40 @@ def diagnose(figures: dict[str, float]) -> str:
 
 @torch.no_grad()
 def evaluate(
-    model: SlotAttentionAutoEncoder, loader: DataLoader, place: Place, **per_call
+    model: SlotAttentionAutoEncoder,
+    loader: DataLoader,
+    place: Place,
+    stop: Stop | None = None,
+    num_slots: int | None = None,
+    num_iterations: int | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Means over the images: the SCORES (see segmentation_scores()), and mask_statistics().
+    """Means over the images of all processes: the SCORES (see segmentation_scores()), and mask_statistics().
 
     The attention's FG-ARI is that of the last iteration's maps, enlarged to the image.
 
     Consistency asks whether an object is given the same slot again: the ARI of the segmentations
     from two independent slot initialisations, over the true foreground (over the whole image
     where there are no masks; then the other segmentation scores are left out). Learned slots have
-    one initialisation only. `per_call`: num_slots and num_iterations, as in SlotAttention.forward.
+    one initialisation only. num_slots and num_iterations: as in SlotAttention.forward. Raises Stopped
+    when a signal has come to `stop`.
     """
     model.eval()
     scores = {}
-    for i, batch in enumerate(loader):
+    batch_size = loader.batch_size * place.world_size
+
+    def see(images: Tensor, *key: int) -> SlotAttentionOutput:
+        slots = model.slot_attention.initial_slots(
+            batch_size, num_slots or model.config.num_slots, place.generator(0, *key)
+        )
+        with place.autocast():
+            return model(images, slots=place.shard(slots)[: len(images)], num_iterations=num_iterations)
+
+    def score(batch: dict[str, Tensor], i: int) -> None:
         batch = {name: values.to(place.device, non_blocking=True) for name, values in batch.items()}
         images, labels = batch['image'], batch.get('mask')
-        with place.autocast():
-            first = second = model(images, generator=place.generator(0, i, 0), **per_call)
-            if model.config.slot_init == 'gaussian':
-                second = model(images, generator=place.generator(0, i, 1), **per_call)
+        first = second = see(images, i, 0)
+        if model.config.slot_init == 'gaussian':
+            second = see(images, i, 1)
         found = {'mse': (first.recons.float() - images).square().mean((1, 2, 3))}
         if labels is not None:
             found |= segmentation_scores(labels, first.masks)
@@ -510,35 +785,62 @@ def evaluate(
         )
         found |= mask_statistics(first.masks, labels)
         for name, values in found.items():
-            scores.setdefault(name, []).append(values.double())
-    means = {name: torch.cat(values).nanmean().item() for name, values in scores.items()}
+            scores.setdefault(name, []).append(values.double().cpu())
+
+    batches = iter(loader)
+    for i in range(math.ceil(len(loader.dataset) / batch_size)):  # of the last, a process may have no part
+        if (batch := next(batches, None)) is not None:
+            score(batch, i)
+        if stop is not None and (signal := place.largest(stop.signal or 0)):
+            raise Stopped(signal)
+    parts = place.gather({name: torch.cat(values) for name, values in scores.items()})
+    means = {name: torch.cat([part[name] for part in parts if name in part]).nanmean().item() for name in parts[0]}
     return {name: means.pop(name) for name in SCORES if name in means}, means
 
 
 @torch.no_grad()
-def log_figures(model: SlotAttentionAutoEncoder, batch: dict[str, Tensor], place: Place, writer, step: int) -> None:
+def log_figures(model: SlotAttentionAutoEncoder, dataset: Dataset, place: Place, log: Log, step: int) -> None:
     """The same few images at every step, so that TensorBoard's slider shows their slots emerge."""
     model.eval()
-    batch = {name: values[:6].to(place.device) for name, values in batch.items()}
+    batch = dataset.__getitems__(list(range(min(6, len(dataset)))))
+    batch = {name: values.to(place.device) for name, values in batch.items()}
     with place.autocast():
         recons, masks, slots, attn = model(batch['image'], generator=place.generator(0))
         rgbs, _ = model.decode(slots)
     figure = visualize_slots(batch['image'], recons, masks, rgbs=rgbs, labels=batch.get('mask'))
-    writer.add_figure('slots/decomposition', figure, step)
-    writer.add_figure('slots/attention', visualize_attention_evolution(attn, images=batch['image']), step)
+    log.add_figure('slots/decomposition', figure, step)
+    log.add_figure('slots/attention', visualize_attention_evolution(attn, images=batch['image']), step)
 
 
 # --- Runs ------------------------------------------------------------------------------------
 
 
-def open_log_dir(log_dir: Path, resume: Path | None) -> Path:
-    """Make the folder of the checkpoints and return it; a new run moves an earlier one aside.
+@contextlib.contextmanager
+def locked(log_dir: Path) -> Iterator[None]:
+    """The folder, made if need be, is this run's alone. Raises ConfigError when it cannot be."""
+    with contextlib.ExitStack() as stack:
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(log_dir / '.lock', 'a'))
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however a run ends
+        except BlockingIOError:
+            raise ConfigError(f'another run is writing to {log_dir}; choose another --log_dir') from None
+        except OSError as error:
+            raise ConfigError(f'cannot write to {log_dir} ({error.strerror}); choose another --log_dir') from error
+        yield
+
+
+def open_log_dir(log_dir: Path, resume: Path | None) -> None:
+    """Make the folder of the checkpoints; a new run moves an earlier one aside.
 
     Raises ConfigError when the folder cannot be written.
     """
     checkpoints = log_dir / 'checkpoints'
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
+        for leftover in checkpoints.glob('.*.pth.*'):  # of a run that was killed while it was saving
+            leftover.unlink()
         if resume is None or resume.resolve().parent != checkpoints.resolve():
             earlier = list(log_dir.glob('events.out.tfevents.*'))
             if earlier or any(checkpoints.iterdir()):
@@ -551,7 +853,44 @@ def open_log_dir(log_dir: Path, resume: Path | None) -> Path:
         tempfile.TemporaryFile(dir=checkpoints).close()
     except OSError as error:
         raise ConfigError(f'cannot write to {checkpoints} ({error.strerror}); choose another --log_dir') from error
-    return checkpoints
+
+
+def newest_run(log_dir: Path) -> Path | None:
+    """--resume auto: the newest checkpoint of a run that can be read, None where there is none; others are named."""
+    checkpoints = log_dir / 'checkpoints'
+    for path in sorted(checkpoints.glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            load_run(path)
+            return path
+        except CheckpointError as error:
+            print(f'{error}; trying an older one', file=sys.stderr)
+    print(f'no checkpoint to go on from in {checkpoints}: a new run')
+    return None
+
+
+def load_run(path: Path) -> dict:
+    """As load_checkpoint(), but 'progress' as a Progress, and 'args' as settle() takes them.
+
+    Raises CheckpointError also where there is a model, but no run to go on with.
+    """
+    checkpoint = load_checkpoint(path)
+    training = checkpoint['training']
+    if not {'args', 'progress', 'optimizers'} <= training.keys():
+        raise CheckpointError(f'{path} holds a model but no training state: it cannot be resumed or scored')
+    missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in training['args']]
+    missing += [field.name for field in fields(Progress) if field.name not in training['progress']]
+    if missing:
+        raise CheckpointError(f'{path} is of another version: it does not say {", ".join(missing)}')
+    for name, value in vars(Progress()).items():
+        if type(training['progress'][name]) is not type(value):
+            raise CheckpointError(f'{path} is damaged: its {name} is {training["progress"][name]!r}')
+    try:  # what the command line would refuse, a checkpoint may not bring
+        flags = [f'--{name}={value}' for name, value in training['args'].items()]
+        training['args'] = vars(create_parser(exit_on_error=False).parse_args(flags))
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise CheckpointError(f'{path} is damaged: {error}') from error
+    training['progress'] = Progress(**training['progress'])
+    return checkpoint
 
 
 def data_of(args: argparse.Namespace) -> dict:
@@ -566,117 +905,98 @@ def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place
     """--eval: print the scores of a checkpoint on the test split as a table; returns the exit status."""
     checkpoint = checkpoint | {'config': replace(checkpoint['config'], slot_worth=args.slot_worth)}
     model = build_model(checkpoint, args.resume).to(place.device)
-    test = create_dataset(split='test', size=args.val_size, **data_of(args))
-    loader = wrap_in_loader(test, 32, shuffle=False)
+    with place.first():
+        test = create_dataset(split='test', size=args.val_size, **data_of(args))
+    loader = wrap_in_loader(test, 32 * place.world_size, False, rank=place.rank, world_size=place.world_size)
     scores, figures = evaluate(model, loader, place, num_slots=args.num_slots, num_iterations=args.num_iterations)
-    print(f'{args.resume}, step {checkpoint["training"]["progress"]["step"]}')
-    print(f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n')
-    print('  '.join(f'{SCORES[name]:>11}' for name in scores))
-    print('  '.join(f'{value:11.4f}' for value in scores.values()))
-    if diagnosis := diagnose(figures):
-        print(DIAGNOSES[diagnosis][1], file=sys.stderr)
+    if place.rank == 0:
+        print(f'{args.resume}, step {checkpoint["training"]["progress"].step}')
+        print(f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n')
+        print('  '.join(f'{SCORES[name]:>11}' for name in scores))
+        print('  '.join(f'{value:11.4f}' for value in scores.values()))
+        if diagnosis := diagnose(figures):
+            print(DIAGNOSES[diagnosis][1], file=sys.stderr)
     return 0
 
 
-def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> int:
-    """A whole run, new or resumed; returns the exit status."""
+def create_run(args: argparse.Namespace, checkpoint: dict | None, place: Place, stop: Stop) -> Run:
+    """A run, new or as it was when the checkpoint was written. Raises what main() reports."""
     torch.manual_seed(args.seed)
     config = ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS})
     model = SlotAttentionAutoEncoder(config) if checkpoint is None else build_model(checkpoint, args.resume)
     model = model.to(place.device, memory_format=torch.channels_last)
-    optimizers = create_optimizers(model, args.optimizer)
-    progress = Progress()
+    optimizers, progress = create_optimizers(model, args.optimizer), Progress()
     if checkpoint is not None:
-        for optimizer, state in zip(optimizers, checkpoint['training']['optimizers'], strict=True):
-            optimizer.load_state_dict(state)
-        progress = Progress(**checkpoint['training']['progress'])
-    loaders = create_dataloader(
-        args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
-        args.train_size or None, args.val_size, args.seed, args.data_seed, args.num_workers,
-        place.device.type == 'cuda', args.data_dir, args.variant,
-    )  # fmt: skip
-    first_epoch = progress.step // len(loaders[0])
-    if first_epoch >= args.epochs:
-        raise ConfigError(f'{args.resume} has {first_epoch} epochs behind it: --epochs {args.epochs} leaves none to do')
-    checkpoints = open_log_dir(args.log_dir, args.resume)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f'{args.architecture} model of {parameters:,} parameters on {place}; {args.dataset}: {loaders[0].dataset}')
-    print(f'watch it with: tensorboard --logdir {args.log_dir}', flush=True)
-    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-    saved_flags = {name: flags[name] for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}
-
-    def save(name: str) -> None:
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        training = dict(args=saved_flags, data=data_of(args), progress=asdict(progress), optimizers=states)
-        save_checkpoint(checkpoints / name, model, **training)
-
-    with SummaryWriter(args.log_dir, purge_step=progress.step + 1 if checkpoint else None) as writer, Stop() as stop:
-        writer.add_text(
-            'configuration', '\n'.join(['|flag|value|', '|-|-|', *(f'|{k}|{v}|' for k, v in flags.items())])
-        )
-        for epoch in range(first_epoch, args.epochs):
-            train_one_epoch(model, loaders[0], optimizers, progress, args, place, writer, stop)
-            if progress.step % len(loaders[0]) == 0:
-                scores = finish_epoch(model, loaders, progress, args, place, writer)
-                score = scores.get('fg_ari', -scores['mse'])
-                if score > progress.best:
-                    progress.best = score
-                    save('best_model.pth')
-                if args.save_every and (epoch + 1) % args.save_every == 0:
-                    save(f'checkpoint_epoch_{epoch + 1}.pth')
-            save('last.pth')
-            if stop.signal is not None:
-                last = checkpoints / 'last.pth'
-                print(f'stopped at step {progress.step}; to go on: python train.py --resume {last}')
-                return 128 + stop.signal
-        writer.add_hparams(saved_flags, {f'final/{name}': value for name, value in scores.items()}, run_name='.')
-    print(f'best validation score {progress.best:.4f}: {checkpoints / "best_model.pth"}')
-    return 0
+        progress = checkpoint['training']['progress']
+        try:
+            for optimizer, state in zip(optimizers, checkpoint['training']['optimizers'], strict=True):
+                optimizer.load_state_dict(state)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f'{args.resume}: the state of the optimiser does not fit the model') from error
+    with place.first():  # it may have to be prepared
+        loaders = create_dataloader(
+            args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
+            args.train_size or None, args.val_size, args.seed, args.data_seed, args.num_workers,
+            place.device.type == 'cuda', args.data_dir, args.variant, place.rank, place.world_size,
+        )  # fmt: skip
+    return Run(args, place, model, optimizers, loaders, progress, log=None, stop=stop)
 
 
-def finish_epoch(
-    model: SlotAttentionAutoEncoder,
-    loaders: tuple[DataLoader, DataLoader],
-    progress: Progress,
-    args: argparse.Namespace,
-    place: Place,
-    writer: SummaryWriter,
-) -> dict[str, float]:
-    """Validate, log and print the epoch that has just ended; returns the validation scores."""
-    train_loader, val_loader = loaders
-    train_loss, progress.epoch_loss = progress.epoch_loss / len(train_loader), 0.0
-    scores, figures = evaluate(model, val_loader, place)
-    for group, values in (('val', scores), ('diagnosis', figures)):
-        for name, value in values.items():
-            writer.add_scalar(f'{group}/{name}', value, progress.step)
-    log_figures(model, next(iter(val_loader)), place, writer, progress.step)
-    summary = '  '.join(f'{SCORES[name]} {scores[name]:.4f}' for name in scores)
-    minutes, rate = progress.seconds / 60, progress.step * args.batch_size / progress.seconds
-    print(
-        f'epoch {progress.step // len(train_loader):3d}  {minutes:5.1f} min  train loss {train_loss:.4f}  '
-        f'val {summary}  {rate:.0f} images/s',
-        flush=True,
-    )
-    diagnosis = diagnose(figures)
-    progress.lasting = progress.lasting + 1 if diagnosis == progress.diagnosis else 1
-    progress.diagnosis = diagnosis
-    if diagnosis and progress.lasting == SETTLED:
-        text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {figures[diagnosis]:.2f})'
-        print(text, flush=True)
-        writer.add_text('diagnosis', text, progress.step)
-    return scores
+def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> int:
+    """A whole run, new or resumed; returns the exit status."""
+    with contextlib.ExitStack() as stack:
+        stop = Stop()
+        run = create_run(args, checkpoint, place, stop)
+        progress = run.progress
+        if progress.epochs >= args.epochs:
+            if args.auto:  # a loop around this command is to end well
+                run.say(f'{args.resume} is the end of its run of {args.epochs} epochs: nothing left to do')
+                return 0
+            raise ConfigError(
+                f'{args.resume} has {progress.epochs} epochs behind it: --epochs {args.epochs} leaves none to do'
+            )
+        if place.rank == 0:
+            stack.enter_context(locked(args.log_dir))
+            open_log_dir(args.log_dir, args.resume)
+        run.log = Log(args.log_dir, progress.step + 1, place)
+        stack.callback(run.log.close)
+        stack.enter_context(stop)
+        parameters = sum(p.numel() for p in run.model.parameters())
+        run.say(f'{args.architecture} model of {parameters:,} parameters on {place}')
+        run.say(f'{args.dataset}: {run.loaders[0].dataset}')
+        run.say(f'watch it with: tensorboard --logdir {args.log_dir}')
+        table = ['|flag|value|', '|-|-|', *(f'|{name}|{value}|' for name, value in vars(args).items())]
+        run.log.add_text('configuration', '\n'.join(table))
+        last = args.log_dir / 'checkpoints' / 'last.pth'
+        try:
+            while progress.epochs < args.epochs:
+                run.train_epoch()
+                scores = run.finish_epoch()
+        except Stopped as stopped:
+            run.save('last.pth')
+            if not run.failed:
+                run.say(f'stopped at step {progress.step}; to go on: python train.py --resume {last}')
+            return 128 + stopped.args[0]
+        run.log.add_hparams(run.flags(), {f'final/{name}': value for name, value in scores.items()}, run_name='.')
+        run.say(f'best validation score {progress.best:.4f}: {last.with_name("best_model.pth")}')
+        return int(run.failed)  # a run whose end could not be saved has not gone well
 
 
 def main(args: argparse.Namespace) -> int:
     """Train or score as asked; returns the exit status. A user's mistake becomes one line and a 2."""
     try:
         place = Place.choose(args.device, args.amp)
-        checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-        if checkpoint is not None and not {'args', 'progress', 'optimizers'} <= checkpoint['training'].keys():
-            raise CheckpointError(f'{args.resume} holds a model but no training state: it cannot be resumed or scored')
+        args.auto = str(args.resume) == 'auto'
+        if args.auto:
+            with place.first():
+                found = newest_run(args.log_dir or Path('logs')) if place.rank == 0 else None
+            args.resume = place.gather(found)[0]
+        checkpoint = None if args.resume is None else load_run(args.resume)
         args = settle(args, checkpoint and checkpoint['training']['args'])
-        return (evaluate_checkpoint if args.eval else train)(args, checkpoint, place)
+        status = (evaluate_checkpoint if args.eval else train)(args, checkpoint, place)
+        if place.world_size > 1:
+            dist.destroy_process_group()
+        return status
     except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         return 2
