@@ -476,7 +476,7 @@ class Run:
         self.parallel = self.model
         if self.place.world_size > 1:  # averages the gradients of the processes
             devices = [self.place.device] if self.place.device.type == 'cuda' else None
-            self.parallel = DistributedDataParallel(self.model, devices, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.model, devices)
         self.saved_at = self.clock = time.monotonic()
         self.failed = False  # the last saving
 

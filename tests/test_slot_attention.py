@@ -273,16 +273,16 @@ def test_the_implicit_decoder_is_a_network_per_pixel():
     decoder = ImplicitDecoder(resolution=10, slot_dim=6, channels=8)
     slots = torch.randn(2, 6)
     slots[:, 2] = 0.3  # sizes are positive
-    image = decoder(slots)
+    image, units = decoder(slots), decoder.UNITS
     x, y, size = slots[1, :3]
     code = torch.cat([x[None], y[None], size.log()[None], slots[1, 3:]])
-    inner, outer = decoder.hyper(code).split([3 * 8, 4 * 9])
+    inner, outer = decoder.hyper(code).split([3 * units, 4 * (units + 1)])
     row, column = 7, 2
     place = torch.stack([(column + 0.5) / 5 - 1 - x, (row + 0.5) / 5 - 1 - y]) / size
     place = torch.cat([4 * torch.tanh(place / 4), torch.ones(1)])
-    hidden = torch.relu(inner.view(8, 3) @ place)
-    outer = outer.view(4, 9)
-    pixel = outer[:, :8] @ hidden / 8**0.5 + outer[:, 8]
+    hidden = torch.relu(inner.view(units, 3) @ place)
+    outer = outer.view(4, units + 1)
+    pixel = outer[:, :-1] @ hidden / units**0.5 + outer[:, -1]
     assert image.shape == (2, 4, 10, 10)
     assert torch.allclose(image[1, :, row, column], pixel, atol=1e-5)
 
