@@ -341,6 +341,8 @@ def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[n
         raise DataError('it is damaged or no tf.train.Example') from error
     height, width = source.height, source.width
     image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]
+    if image.shape[2] not in (1, 3):
+        raise DataError(f"its 'image' has {image.shape[2]} channels, not 1 or 3")
     masks = bytes_of(features, 'mask', height * width)
     if source.entities_last:
         masks = masks.reshape(height, width, -1).transpose(2, 0, 1)
@@ -871,7 +873,7 @@ def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int =
     return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description='Draw a sheet of samples with their masks and measure how fast they come, or prepare a data set.',
         usage='python dataset.py [--help] [flags]',
@@ -894,6 +896,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--prepare', 'turn this data set into one HDF5 file in --data_dir', group=group, choices=tuple(PUBLISHED))
     add('--url', 'where to download it from, if it is not in --data_dir', group=group)
     add('--limit', 'stop after so many scenes', group=group, type=int)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = create_parser()
     args = parser.parse_args(argv)
     if args.num_images < 32:
         parser.error(f'--num_images must be at least 32, a sheet, not {args.num_images}')

@@ -14,7 +14,7 @@ import io
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,10 @@ class ModelConfig:
     slot_worth: float = 0.0
 
     def __post_init__(self):
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), type(field.default)
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                raise ConfigError(f'{field.name} must be of type {wanted.__name__}, not {value!r}'.replace('\n', ' '))
         for name, allowed in (
             ('architecture', ('fast', 'paper')),
             ('slot_init', ('gaussian', 'learned')),
@@ -740,11 +744,24 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != CHECKPOINT_FORMAT:
         raise CheckpointError(f'{path} is not a checkpoint of this program (format {CHECKPOINT_FORMAT!r})')
     try:
+        if missing := {field.name for field in fields(ModelConfig)} - checkpoint['config'].keys():
+            raise KeyError(f'its configuration has no {", ".join(sorted(missing))}')
         checkpoint['config'] = ModelConfig(**checkpoint['config'])
         checkpoint['model'], checkpoint['training'].keys()
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f'{path} does not hold a model this version can build: {error}') from error
     return checkpoint
+
+
+def same_form(value, like) -> bool:
+    """Whether a value of a checkpoint has the types, keys, lengths and shapes of another."""
+    if type(value) is not type(like):
+        return False
+    if isinstance(value, dict):
+        return value.keys() == like.keys() and all(same_form(value[key], like[key]) for key in like)
+    if isinstance(value, list):
+        return len(value) == len(like) and all(map(same_form, value, like))
+    return not isinstance(value, Tensor) or (value.shape, value.dtype) == (like.shape, like.dtype)
 
 
 def load_model(path: str | os.PathLike) -> SlotAttentionAutoEncoder:

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 try:
@@ -63,6 +64,7 @@ from slot_attention import (
     contingency_table,
     fg_ari,
     load_checkpoint,
+    same_form,
     save_checkpoint,
     segmentation,
     segmentation_scores,
@@ -287,7 +289,13 @@ class Place:
             if local_rank >= torch.cuda.device_count():
                 raise ConfigError(f'{torch.cuda.device_count()} GPUs here: --nproc_per_node must not be more')
             torch.cuda.set_device(local_rank)
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+        store, rank, world_size = next(dist.rendezvous('env://'))
+        if os.environ['LOCAL_WORLD_SIZE'] == os.environ['WORLD_SIZE']:
+            # torchrun keeps its store when it restarts the processes: without this they would find
+            # the addresses of dead ones. Between nodes these counts may differ (see the README).
+            store = dist.PrefixStore(f'attempt {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        backend = 'nccl' if device == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         control = dist.new_group(backend='gloo', timeout=timedelta(hours=6))  # preparing a data set takes long
         device = torch.device(device, local_rank if device == 'cuda' else None)
         return cls(device, bfloat16, dist.get_rank(), dist.get_world_size(), control)
@@ -420,6 +428,7 @@ class Progress:
     window: list = field(default_factory=list)  # [loss, gradient norm] of the steps since the last point of the curves
     epoch_loss: float = 0.0  # sum over the steps of the present epoch that were not skipped
     epoch_steps: int = 0  # their number
+    seen: int = 0  # images of the present epoch that were trained on
     skipped: int = 0  # steps of the run without a finite gradient
     skipped_in_row: int = 0
     diagnosis: str = ''  # the last one, see DIAGNOSES
@@ -481,13 +490,14 @@ class Run:
         self.failed = False  # the last saving
 
     def train_epoch(self) -> None:
-        """Train to the end of the epoch that progress.step lies in.
+        """Train to the end of the present epoch.
 
         Raises Stopped when a signal has come, TrainingError after MAX_SKIPPED steps in a row without a
         finite gradient.
         """
         args, progress, loader = self.args, self.progress, self.loaders[0]
-        done = progress.step - progress.epochs * len(loader)
+        done = progress.seen // args.batch_size  # which may have changed since
+        self.total_steps = progress.step - done + (args.epochs - progress.epochs) * len(loader)
         loader.sampler.set_epoch(progress.epochs)
         self.model.train()
         waiting = [
@@ -499,11 +509,11 @@ class Run:
             disable=None if self.place.rank == 0 else True,
         )  # fmt: skip
         with bar:
-            for batch in itertools.islice(loader, done, None):
+            for position, batch in enumerate(itertools.islice(loader, done, None), done + 1):
                 waiting.append(self.train_step(batch))
-                progress.step += 1
+                progress.step, progress.seen = progress.step + 1, progress.seen + args.batch_size
                 bar.update()
-                if progress.step % args.log_every == 0 or progress.step % len(loader) == 0:
+                if progress.step % args.log_every == 0 or position == len(loader):
                     bar.set_postfix_str(self.log_window(waiting))
                     waiting = []
                 signal = self.place.largest(self.stop.signal or 0)  # looked at once: it may come at any moment
@@ -573,8 +583,8 @@ class Run:
         return f'loss {losses.mean():.4f}, {rate:.0f} images/s'
 
     def learning_rate(self, step: int) -> float:
-        args, total_steps = self.args, self.args.epochs * len(self.loaders[0])
-        return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, total_steps)
+        args = self.args
+        return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, self.total_steps)
 
     def tick(self) -> float:
         """Seconds since it was last asked, which it adds to those of the run."""
@@ -587,7 +597,7 @@ class Run:
         progress, place = self.progress, self.place
         train_loss = progress.epoch_loss / max(progress.epoch_steps, 1)
         scores, figures = evaluate(self.model, self.loaders[1], place, self.stop)
-        for group, values in (('val', scores), ('diagnosis', figures)):
+        for group, values in (('val', scores), ('slots', figures)):
             for name, value in values.items():
                 self.log.add_scalar(f'{group}/{name}', value, progress.step)
         if place.rank == 0:
@@ -605,7 +615,7 @@ class Run:
             text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {figures[diagnosis]:.2f})'
             self.say(text)
             self.log.add_text('diagnosis', text, progress.step)
-        progress.epochs, progress.epoch_loss, progress.epoch_steps = progress.epochs + 1, 0.0, 0
+        progress.epochs, progress.epoch_loss, progress.epoch_steps, progress.seen = progress.epochs + 1, 0.0, 0, 0
         return scores
 
     def finish_epoch(self) -> dict[str, float]:
@@ -627,7 +637,7 @@ class Run:
             return
         self.log.flush()  # or the points before this checkpoint would be lost to a kill
         path = self.args.log_dir / 'checkpoints' / name
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        states = [optimizer.state_dict()['state'] for optimizer in self.optimizers]
         try:
             save_checkpoint(
                 path, self.model, args=self.flags(), data=data_of(self.args), progress=asdict(self.progress),
@@ -649,8 +659,15 @@ class Run:
             print(text, flush=True)
 
 
+class Writer(SummaryWriter):
+    def add_hparams(self, flags: dict, scores: dict[str, float]) -> None:
+        """As SummaryWriter's, but in this run and without points: TensorBoard takes the last ones of the curves."""
+        for summary in hparams(flags, scores):
+            self.file_writer.add_summary(summary)
+
+
 class Log:
-    """TensorBoard's SummaryWriter, of the first process only, which a full disk silences but does not break.
+    """A Writer of the first process only, which a full disk silences but does not break.
 
     Points of an earlier part of the run from `first_step` on are replaced.
     """
@@ -659,7 +676,7 @@ class Log:
         self.log_dir, self.failed = log_dir, False
         threading.excepthook = self.excepthook
         purge_step = first_step if first_step > 1 else None
-        self.writer = SummaryWriter(log_dir, purge_step=purge_step) if place.rank == 0 else None
+        self.writer = Writer(log_dir, purge_step=purge_step) if place.rank == 0 else None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """add_scalar(), add_figure(), flush() ... of the writer."""
@@ -687,7 +704,7 @@ class Log:
         """Try again, in a new file, where writing has failed."""
         if self.failed:
             with contextlib.suppress(OSError):  # it was said before
-                self.writer, self.failed = SummaryWriter(self.log_dir), False
+                self.writer, self.failed = Writer(self.log_dir), False
 
 
 def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -800,16 +817,25 @@ def evaluate(
 
 @torch.no_grad()
 def log_figures(model: SlotAttentionAutoEncoder, dataset: Dataset, place: Place, log: Log, step: int) -> None:
-    """The same few images at every step, so that TensorBoard's slider shows their slots emerge."""
+    """The same few images at every step, so that TensorBoard's slider shows their slots emerge.
+
+    The histogram is of the slots' shares of the image, of up to 64 images: one slot for each object
+    gives a peak at 0, the empty slots, one at the size of objects, and one of the backgrounds.
+    """
     model.eval()
-    batch = dataset.__getitems__(list(range(min(6, len(dataset)))))
+    batch = dataset.__getitems__(list(range(min(64, len(dataset)))))
     batch = {name: values.to(place.device) for name, values in batch.items()}
     with place.autocast():
-        recons, masks, slots, attn = model(batch['image'], generator=place.generator(0))
+        output = model(batch['image'], generator=place.generator(0))
+        log.add_histogram('slots/mask_size', output.masks.float().mean((2, 3, 4)), step)
+        recons, masks, slots, attn = (values[:6] for values in output)
         rgbs, _ = model.decode(slots)
-    figure = visualize_slots(batch['image'], recons, masks, rgbs=rgbs, labels=batch.get('mask'))
-    log.add_figure('slots/decomposition', figure, step)
-    log.add_figure('slots/attention', visualize_attention_evolution(attn, images=batch['image']), step)
+    images, labels = batch['image'][:6], batch['mask'][:6] if 'mask' in batch else None
+    decomposition = visualize_slots(images, recons, masks, rgbs=rgbs, labels=labels)
+    attention = visualize_attention_evolution(attn, images=images)
+    for name, figure in (('decomposition', decomposition), ('attention', attention)):
+        figure.set_facecolor('white')  # TensorBoard would drop what is transparent, and roughen the text
+        log.add_figure(f'slots/{name}', figure, step)
 
 
 # --- Runs ------------------------------------------------------------------------------------
@@ -877,19 +903,25 @@ def load_run(path: Path) -> dict:
     training = checkpoint['training']
     if not {'args', 'progress', 'optimizers'} <= training.keys():
         raise CheckpointError(f'{path} holds a model but no training state: it cannot be resumed or scored')
-    missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in training['args']]
-    missing += [field.name for field in fields(Progress) if field.name not in training['progress']]
+    flags, progress = training['args'], training['progress']
+    if not isinstance(flags, dict) or not isinstance(progress, dict):
+        raise CheckpointError(f'{path} is damaged: its training state is none')
+    missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in flags]
+    missing += [field.name for field in fields(Progress) if field.name not in progress]
     if missing:
         raise CheckpointError(f'{path} is of another version: it does not say {", ".join(missing)}')
-    for name, value in vars(Progress()).items():
-        if type(training['progress'][name]) is not type(value):
-            raise CheckpointError(f'{path} is damaged: its {name} is {training["progress"][name]!r}')
+    for name, value in asdict(Progress()).items():
+        found = progress[name]
+        pairs = name == 'window' and isinstance(found, list) and all(same_form(pair, [0.0, 0.0]) for pair in found)
+        if not (pairs or same_form(found, value)) or (isinstance(found, int) and found < 0):
+            raise CheckpointError(f'{path} is damaged: its {name} is {str(found).splitlines()[:1]}')
     try:  # what the command line would refuse, a checkpoint may not bring
-        flags = [f'--{name}={value}' for name, value in training['args'].items()]
-        training['args'] = vars(create_parser(exit_on_error=False).parse_args(flags))
+        flags = create_parser(exit_on_error=False).parse_args([f'--{name}={value}' for name, value in flags.items()])
     except (argparse.ArgumentError, SystemExit) as error:
-        raise CheckpointError(f'{path} is damaged: {error}') from error
-    training['progress'] = Progress(**training['progress'])
+        raise CheckpointError(f'{path} is damaged: {str(error).splitlines()[:1]}') from error
+    if asdict(checkpoint['config']) != {name: getattr(flags, name) for name in MODEL_FLAGS}:
+        raise CheckpointError(f'{path} is damaged: its model is not the one of its flags')
+    training['args'], training['progress'] = vars(flags), Progress(**progress)
     return checkpoint
 
 
@@ -928,11 +960,7 @@ def create_run(args: argparse.Namespace, checkpoint: dict | None, place: Place, 
     optimizers, progress = create_optimizers(model, args.optimizer), Progress()
     if checkpoint is not None:
         progress = checkpoint['training']['progress']
-        try:
-            for optimizer, state in zip(optimizers, checkpoint['training']['optimizers'], strict=True):
-                optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f'{args.resume}: the state of the optimiser does not fit the model') from error
+        load_optimizers(optimizers, checkpoint['training']['optimizers'], args.resume)
     with place.first():  # it may have to be prepared
         loaders = create_dataloader(
             args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
@@ -940,6 +968,22 @@ def create_run(args: argparse.Namespace, checkpoint: dict | None, place: Place, 
             place.device.type == 'cuda', args.data_dir, args.variant, place.rank, place.world_size,
         )  # fmt: skip
     return Run(args, place, model, optimizers, loaders, progress, log=None, stop=stop)
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict], path: Path) -> None:
+    """Give each the state that it had. Raises CheckpointError where it does not fit: torch would crash in a step."""
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group in optimizer.param_groups:
+                for p in group['params']:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()  # nothing moves without a gradient, but the state takes its form
+            expected = optimizer.state_dict()
+            optimizer.load_state_dict(expected | {'state': state})
+            if not same_form(optimizer.state_dict()['state'], expected['state']):
+                raise ValueError('other keys, types or shapes')
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f'{path}: the state of the optimiser does not fit the model') from error
 
 
 def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> int:
@@ -977,7 +1021,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> in
             if not run.failed:
                 run.say(f'stopped at step {progress.step}; to go on: python train.py --resume {last}')
             return 128 + stopped.args[0]
-        run.log.add_hparams(run.flags(), {f'final/{name}': value for name, value in scores.items()}, run_name='.')
+        run.log.add_hparams(run.flags(), {f'val/{name}': value for name, value in scores.items()})
         run.say(f'best validation score {progress.best:.4f}: {last.with_name("best_model.pth")}')
         return int(run.failed)  # a run whose end could not be saved has not gone well
 

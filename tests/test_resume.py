@@ -107,6 +107,18 @@ def test_killed_again_and_again_it_ends_the_same(tmp_path):
     assert kill_again_and_again(tmp_path, kills=2, images=2400, seed=0) >= 1
 
 
+def test_the_batch_size_may_change_on_the_way(monkeypatch, capsys):
+    monkeypatch.setattr(train.Stop, 'signal', None, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'Stop', stop_at(9))  # 6 steps, 2 batches of validation, and 1 step of the second epoch
+        assert run(*SMALL, '--epochs', 3) == 143
+    assert run('--resume', LAST, '--batch_size', 4, '--log_every', 1) == 0
+    assert 'batch_size: 8 in the checkpoint, 4 from now on' in capsys.readouterr().out
+    assert load_checkpoint(LAST)['training']['progress']['step'] == 7 + 10 + 12  # 40 images of 48 were left
+    rates = scalars('logs', 'train/lr')
+    assert min(rates.values()) > 0 and rates[29] == min(rates[step] for step in range(8, 30))
+
+
 # --resume auto
 
 

@@ -92,7 +92,14 @@ def test_a_run_learns_logs_and_keeps_checkpoints(capsys):
         assert all(math.isfinite(value) for value in scalars('logs', tag).values())
     events = EventAccumulator('logs').Reload().Tags()
     assert {'slots/decomposition', 'slots/attention'} <= set(events['images'])
-    assert 'configuration/text_summary' in events['tensors'] and 'final/fg_ari' in events['scalars']
+    assert 'configuration/text_summary' in events['tensors'] and 'val/fg_ari' in events['scalars']
+
+
+def test_an_epoch_ends_with_a_point_of_the_curves(capsys):
+    run(*SMALL, '--epochs', 2, '--log_every', 4)
+    losses = scalars('logs', 'train/loss')
+    assert list(losses) == [4, 6, 8, 12]
+    assert f'train loss {(4 * losses[4] + 2 * losses[6]) / 6:.4f}' in capsys.readouterr().out
 
 
 def test_eval_prints_a_table_and_may_use_other_slots_and_iterations(capsys):
@@ -305,4 +312,4 @@ def test_a_diagnosis_that_lasts_is_said_once_and_logged(capsys, monkeypatch):
     assert printed.index('spare slots') > printed.index('epoch   3')
     events = EventAccumulator('logs').Reload()
     assert len(events.Tensors('diagnosis/text_summary')) == 1
-    assert {f'diagnosis/{figure}' for figure in train.DIAGNOSES} <= set(events.Tags()['scalars'])
+    assert {f'slots/{figure}' for figure in train.DIAGNOSES} <= set(events.Tags()['scalars'])
