@@ -1,16 +1,23 @@
 """Figures come out for any number of slots, colours stay with their slots, the script finds its way."""
 
+import csv
+import gc
 import os
+import re
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 import visualize
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder, save_checkpoint
+from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, save_checkpoint
 from visualize import visualize_attention_evolution, visualize_slot_decomposition, visualize_slots
 
 
@@ -32,6 +39,10 @@ def run(*flags):
     return visualize.main(visualize.parse_args([str(flag) for flag in flags]))
 
 
+def texts_of(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
 def test_the_calls_of_the_readme():
     images, recons, masks, attn, *_ = scene()
     figures = [
@@ -45,15 +56,17 @@ def test_the_calls_of_the_readme():
             assert min(picture.size) > 300 and np.asarray(picture).std() > 10
 
 
-@pytest.mark.parametrize(('K', 'T', 'B'), [(1, 1, 1), (4, 5, 1), (11, 2, 3), (23, 1, 1)])
-def test_any_number_of_slots_iterations_and_images(K, T, B):
-    images, recons, masks, attn, rgbs, labels = scene(B, K, T=T)
-    texts = [text.get_text() for text in visualize_slots(images, recons, masks, None, rgbs, labels).axes[0].texts]
-    assert f'slot {K}' in texts and f'slot {K + 1}' not in texts
-    assert sum(text.startswith('FG-ARI') for text in texts) == B + 1
-    texts = [text.get_text() for text in visualize_attention_evolution(attn, images=images).axes[0].texts]
-    assert f'iteration {T}' in texts and f'slot {K}' in texts
-    visualize_slot_decomposition(images[:1], recons[:1], masks[:1], None, rgbs[:1], labels[:1])
+@pytest.mark.parametrize('K', [1, 2, 3, 5, 7, 9, 11, 23])
+def test_any_number_of_slots_iterations_and_images(K):
+    for T in (1, 2, 5) if K < 12 else (3,):
+        for B in (1, 2) if T == 2 else (1,):
+            images, recons, masks, attn, rgbs, labels = scene(B, K, T=T)
+            texts = texts_of(visualize_slots(images, recons, masks, None, rgbs, labels))
+            assert sum(re.match(r'\d+(:.*%| empty)$', text) is not None for text in texts) == B * K
+            assert sum(text.startswith('FG-ARI') for text in texts) == B + 1
+            texts = texts_of(visualize_attention_evolution(attn, images=images))
+            assert any(text.startswith(f'iteration {T}\nentropy') for text in texts) and f'slot {K}' in texts
+            visualize_slot_decomposition(images[:1], recons[:1], masks[:1], None, rgbs[:1], labels[:1])
 
 
 def test_a_batch_on_another_device_type_or_number_format_is_drawn_alike():
@@ -63,16 +76,39 @@ def test_a_batch_on_another_device_type_or_number_format_is_drawn_alike():
     visualize_slot_decomposition(images[0], recons[0], masks[0], None, rgbs[0], labels[0])
 
 
+def one_hot(labels, K):
+    """labels [B, H, W] -> masks [B, K, 1, H, W]"""
+    return F.one_hot(labels, K).permute(0, 3, 1, 2)[:, :, None].float()
+
+
 def test_a_slot_has_the_same_colour_everywhere_and_no_other_has_it():
-    colours = visualize.slot_colours(30)
-    assert np.array_equal(colours[:7], visualize.slot_colours(7))
+    colours = visualize.slot_colours_of(30)
+    assert np.array_equal(colours[:7], visualize.slot_colours_of(7))
     assert len(np.unique(colours.round(3), axis=0)) == 30
-    images, _, masks, *_ = scene(1, 4)
-    masks = torch.zeros_like(masks)
-    masks[0, 2] = 1
-    tinted = visualize._overlay(images[0], masks[0])
-    picture = visualize._pixels(images[0]).repeat(4, 0).repeat(4, 1)
-    assert np.allclose(tinted, 0.5 * picture + 0.5 * colours[2])
+    labels = torch.zeros(1, 16, 16, dtype=torch.long)
+    labels[0, 4:8, 4:8] = 2
+    masks, images = one_hot(labels, 4), scene(1)[0]
+    of_slot, tinted = visualize.slot_colours(masks[0]), visualize._overlay(images[0], masks[0])
+    assert np.array_equal(of_slot[2], colours[2]) and np.array_equal(of_slot[0], visualize.BACKGROUND)
+    grey = visualize._pixels(images[0]).mean(2, keepdims=True).repeat(4, 0).repeat(4, 1)
+    assert np.allclose(tinted[20:28, 20:28], 0.35 * grey[20:28, 20:28] + 0.65 * colours[2])  # within
+    assert np.allclose(tinted[16, 16:32], colours[2])  # the outline
+    assert np.allclose(tinted[:15], grey[:15])  # the background
+    panels = visualize._attention_row(masks[0, :, 0], masks[0, :, 0], None)
+    assert [panel.title for panel in panels] == ['strongest', 'slot 2', 'slot 3', 'slot 4', 'slot 1']
+    assert np.array_equal(panels[2].colour, colours[2]) and np.allclose(panels[2].pixels[5, 5], colours[2])
+
+
+def test_the_background_is_last_and_empty_slots_are_dimmed():
+    labels = torch.ones(1, 16, 16, dtype=torch.long)
+    labels[0, :4, :4] = 3
+    images, recons, *_ = scene(1)
+    masks = one_hot(labels, 4)
+    panels = visualize._slot_panels(visualize._alone(recons.expand(4, -1, -1, -1), masks[0]), masks[0])
+    assert [panel.title for panel in panels] == ['1 empty', '3 empty', '4: 6.2 %', '2: 93.8 %']
+    assert [panel.dim for panel in panels] == [True, True, False, False]
+    alphas = [drawn.get_alpha() for drawn in visualize_slots(images, recons, masks).axes[0].images]
+    assert alphas == [1, 1, 1, 1, 0.35, 0.35, 1, 1]
 
 
 def test_the_last_running_sum_is_the_reconstruction():
@@ -81,23 +117,167 @@ def test_the_last_running_sum_is_the_reconstruction():
     assert np.allclose(figure.axes[0].images[-1].get_array(), visualize._pixels(recons[0]), atol=1e-5)
 
 
+def test_the_error_is_dark_where_the_picture_is_right():
+    right, wrong = torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)
+    wrong[:, 3, 3] = 1
+    bright = visualize._error(right, wrong).sum(2) > 1
+    assert bright[3, 3] and bright.sum() == 1
+
+
+def test_what_changed_between_iterations_is_said():
+    attn = one_hot(torch.randint(0, 3, (1, 8, 8)), 3)[:, :, 0][:, None].repeat(1, 3, 1, 1, 1)
+    attn[:, 0] = 1 / 3
+    texts = texts_of(visualize_attention_evolution(attn))
+    assert 'iteration 1\nentropy 1.00' in texts and 'iteration 3\nentropy 0.00\nARI 1.00' in texts
+
+
 def test_shapes_that_do_not_fit_are_named():
     images, recons, masks, attn, *_ = scene()
     with pytest.raises(ValueError, match='masks must have 5 dimensions'):
         visualize_slots(images, recons, masks[:, :, 0])
     with pytest.raises(ValueError, match='attn must have 5 dimensions'):
         visualize_attention_evolution(attn[0, 0])
+    with pytest.raises(ValueError, match='attn must be square, not 8 x 7'):
+        visualize_attention_evolution(attn[..., :7])
+    with pytest.raises(ValueError, match='images must be square, not 16 x 12'):
+        visualize_slots(images[..., :12], recons, masks)
+    with pytest.raises(ValueError, match='masks must be square'):
+        visualize_slot_decomposition(images[0], recons[0], masks[0, ..., :12])
+
+
+def test_text_of_vector_files_is_text():
+    images, recons, masks, *_ = scene(1, 3)
+    visualize_slots(images, recons, masks, 'slots.svg')
+    assert '>reconstruction</text>' in Path('slots.svg').read_text()
+    visualize_slots(images, recons, masks, 'slots.pdf')
+    assert Path('slots.pdf').read_bytes().startswith(b'%PDF')
+
+
+def test_eight_images_are_rendered_within_two_seconds():
+    images, recons, masks, _, rgbs, labels = scene(8, 7, 64)
+    visualize_slots(images[:1], recons[:1], masks[:1], 'first.png')  # fonts are looked for once
+    start = time.process_time()
+    visualize_slots(images, recons, masks, 'slots.png', rgbs, labels)
+    assert time.process_time() - start < 2
+
+
+def test_figures_leave_no_memory_behind():
+    images, recons, masks, *_ = scene(1, 2)
+
+    def peak_after(calls):
+        for _ in range(calls):
+            visualize_slots(images, recons, masks, 'slots.png')
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = peak_after(40)
+    assert peak_after(160) - before < 8_000  # kilobytes; a figure's canvas alone has 500
+    assert not any(type(thing) is Figure for thing in gc.get_objects())
+
+
+# Animations
+
+
+def test_a_gif_has_a_frame_for_each_iteration():
+    images, _, _, attn, *_ = scene(2, 3, T=4)
+    visualize.animate_attention(attn, images, 'attention.gif', index=1)
+    with Image.open('attention.gif') as gif:
+        assert gif.n_frames == 4 and gif.info['loop'] == 0
+        durations = []
+        for frame in range(4):
+            gif.seek(frame)
+            durations.append(gif.info['duration'])
+    assert durations == [600, 600, 600, 1800]
+
+
+def test_frames_that_are_alike_are_kept():
+    images, recons, masks, *_ = scene(1, 3)
+    visualize.save_gif([visualize_slots(images, recons, masks) for _ in range(3)], 'still.gif', 100)
+    with Image.open('still.gif') as gif:
+        durations = [gif.seek(frame) or gif.info['duration'] for frame in range(gif.n_frames)]
+    assert sum(durations) == 500
+
+
+# Slots as handles
+
+
+@pytest.mark.parametrize('order', [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])
+def test_matching_recovers_a_permutation(order):
+    masks = torch.randn(3, 4, 1, 16, 16).mul(3).softmax(1)
+    noisy = (masks[:, order] + 0.1 * torch.rand(3, 4, 1, 16, 16)).clamp(0, 1)
+    found = visualize.match_slots(masks, noisy)
+    inverse = torch.tensor(order).argsort()
+    assert found.tolist() == [inverse.tolist()] * 3
+    again = torch.stack([n[o] for n, o in zip(noisy, found, strict=True)])
+    assert (again - masks).abs().max() < 0.2
+    with pytest.raises(ValueError, match='cannot be matched'):
+        visualize.match_slots(masks, noisy[:, :3])
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    config = dict(resolution=16, hidden_dim=8, slot_dim=16, num_slots=4) | changes
+    return SlotAttentionAutoEncoder(ModelConfig(**config)).eval()
+
+
+@pytest.mark.parametrize('architecture', ['fast', 'paper'])
+@torch.no_grad()
+def test_removing_a_slot_changes_only_its_own_pixels(architecture):
+    model = small_model(architecture=architecture)
+    slots = torch.randn(1, 4, 16)
+    rgbs, masks = model.decode(slots)
+    before = (rgbs * masks).sum(1)[0]
+    for k in range(4):
+        rgbs_after, masks_after = model.decode(visualize.remove(slots[0], k)[None])
+        after = (rgbs_after * masks_after).sum(1)[0]
+        # The picture moves by as much as the slot's mask, from its colour to what the others draw there.
+        assert torch.allclose(before - after, masks[0, k] * (rgbs[0, k] - after), atol=1e-5)
+        assert (before - after).abs().max() > 1e-4 and masks_after[0, k].max() == 0
+
+
+def test_what_is_pasted_takes_the_place_of_the_slot_that_draws_least():
+    masks = one_hot(torch.tensor([0, 0, 0, 1, 1, 3]).view(1, 1, 6), 4)[0]
+    slots, new = torch.randn(4, 16), torch.randn(16)
+    edited = visualize.paste(slots, masks, new)
+    assert torch.equal(edited[2], new) and torch.equal(edited[[0, 1, 3]], slots[[0, 1, 3]])
+    assert visualize.largest_objects(masks, 2) == [1, 3]
+
+
+def test_edits_show_before_the_slot_and_after():
+    model = small_model()
+    slots = torch.randn(2, 4, 16)
+    for edit, columns in (('remove', 3), ('copy', 4), ('swap', 6), ('interpolate', 8)):
+        panels = visualize.visualize_edit(model, slots, edit, f'{edit}.png').axes[0].images
+        assert len(panels) == 2 * columns and Path(f'{edit}.png').is_file()
+    first, last = panels[2].get_array(), panels[6].get_array()  # of the interpolation: nothing yet, all of it
+    assert np.allclose(first, panels[0].get_array(), atol=1e-6) and not np.allclose(last, first, atol=1e-3)
+    with pytest.raises(ValueError, match='edit must be one of'):
+        visualize.visualize_edit(model, slots, 'paint')
+    with pytest.raises(ValueError, match='swap needs 2 images'):
+        visualize.visualize_edit(model, slots[:1], 'swap')
+
+
+def test_a_sweep_has_the_scores_of_every_call():
+    model = small_model(slot_init='gaussian')
+    images, *_, labels = scene(3)
+    table = visualize.sweep(model, {'image': images, 'mask': labels}, (2, 6), (1, 3))
+    assert [(row['num_slots'], row['num_iterations']) for row in table] == [(2, 1), (2, 3), (6, 1), (6, 3)]
+    with torch.no_grad():
+        recons, masks, *_ = model(images, num_slots=6, num_iterations=3, generator=torch.Generator().manual_seed(0))
+    assert table[3]['mse'] == pytest.approx(F.mse_loss(recons, images).item())
+    assert table[3]['fg_ari'] == pytest.approx(fg_ari(labels, masks).nanmean().item())
+    visualize.visualize_sweep(table, 'sweep.png')
+    visualize.visualize_sweep([{name: row[name] for name in row if name != 'fg_ari'} for row in table])
 
 
 # Command line
 
-DATA = dict(dataset_type='shapes', resolution=16, max_objects=3, min_objects=1, seed=0)
+DATA = visualize.DATA | dict(resolution=16, max_objects=3, min_objects=1)
 
 
-def small_checkpoint(path):
+def small_checkpoint(path, step=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = SlotAttentionAutoEncoder(ModelConfig(resolution=16, hidden_dim=8, slot_dim=16, num_slots=3))
-    save_checkpoint(path, model, data=DATA)
+    save_checkpoint(path, small_model(num_slots=3), data=DATA, progress={'step': step})
     return path
 
 
@@ -119,11 +299,92 @@ def test_without_a_checkpoint_the_model_is_untrained_and_said_to_be(capsys):
     assert Path('elsewhere/slots.png').is_file()
 
 
+def test_edits_and_sweeps_of_a_checkpoint(capsys):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    assert run('--edit', '--num_images', 2, '--format', 'svg') == 0
+    assert all(Path(f'visualizations/edit_{edit}.svg').is_file() for edit in visualize.EDITS)
+    assert run('--sweep', '--num_images', 2) == 0
+    with open('visualizations/sweep.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert {row['num_slots'] for row in rows} == {'2', '3', '4', '5', '6', '7'}  # Gaussian slots: more than trained
+    assert all(0 <= float(row['mse']) < 9 and -1 <= float(row['fg_ari']) <= 1 for row in rows)
+    assert Path('visualizations/sweep.png').is_file()
+
+
+def test_pictures_of_your_own_get_figures_and_integer_labels(capsys):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    Image.new('RGB', (50, 30), 'red').save('a.jpg')
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save('b.png')
+    assert run('--image', 'a.jpg', 'b.png') == 0
+    with Image.open('visualizations/b_1_mask.png') as mask:
+        assert mask.mode == 'L' and mask.size == (16, 16) and np.asarray(mask).max() < 3
+    assert Path('visualizations/a_0_mask.png').is_file() and Path('visualizations/slots.png').is_file()
+    assert run('--image', 'nowhere.png') == 2
+    assert 'nowhere.png cannot be read as a picture' in capsys.readouterr().err
+
+
+def test_how_slots_emerged_has_a_frame_for_each_step():
+    for step in (5, 20, 10):
+        small_checkpoint(Path(f'logs/checkpoints/checkpoint_epoch_{step}.pth'), step)
+    small_checkpoint(Path('logs/checkpoints/last.pth'), 20)  # the same step again
+    assert run('--gif', '--checkpoint', 'logs/checkpoints', '--num_images', 1) == 0
+    with Image.open('visualizations/emergence.gif') as gif:
+        assert gif.n_frames == 3
+    assert run('--gif', '--num_images', 2) == 0
+    with Image.open('visualizations/attention_evolution_1.gif') as gif:
+        assert gif.n_frames == 3  # iterations
+
+
+def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
+    """Slots change places at random from call to call, but not in the figures."""
+    path = small_checkpoint(Path('logs/checkpoints/last.pth'))
+    rng, seen = np.random.default_rng(0), []
+    Path('frames').mkdir()
+    for n in range(4):
+        picture = np.full((16, 16, 3), 90, np.uint8)
+        picture[4:8, n : n + 5], picture[10:14, 9 - n : 14 - n] = (255, 0, 0), (0, 0, 255)
+        Image.fromarray(picture).save(f'frames/{n:03d}.png')
+
+    def see(job, images):
+        red, blue = images[:, 0] > 0.5, images[:, 2] > 0.5
+        masks = torch.stack([red, blue, ~(red | blue)], dim=1)[:, rng.permutation(3), None].float()
+        return images, masks, None, None, images[:, None].expand(-1, 3, -1, -1, -1)
+
+    def watched(images, recons, masks, *args, **kwargs):
+        seen.append([images[0, 0][masks[0, k, 0] > 0].mean().item() for k in range(3)])
+        return visualize_slots(images, recons, masks, *args, **kwargs)
+
+    monkeypatch.setattr(visualize.Job, 'see', see)
+    monkeypatch.setattr(visualize, 'visualize_slots', watched)
+    assert run('--frames', 'frames', '--checkpoint', path) == 0
+    assert len(seen) == 4 and all(row == pytest.approx(seen[0]) for row in seen)
+    with Image.open('visualizations/frames.gif') as gif:
+        assert gif.n_frames == 4
+
+
+def test_training_curves_of_several_runs_share_a_figure(capsys):
+    for run_name in ('a', 'b'):
+        with SummaryWriter(f'logs/{run_name}') as writer:
+            for step in range(1, 4):
+                writer.add_scalar('train/loss', 1 / step, step)
+                if run_name == 'a':
+                    writer.add_scalar('val/fg_ari', step / 4, step)
+    assert run('--training') == 0 and Path('visualizations/training.png').is_file()
+    figure = visualize.visualize_training(['logs/a', 'logs/b'])
+    curves = [[list(line.get_ydata()) for line in ax.lines] for ax in figure.axes]
+    assert curves[0] == [pytest.approx([1, 1 / 2, 1 / 3])] * 2 and curves[1][0] == [0.25, 0.5, 0.75]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ['logs/a', 'logs/b']
+    assert run('--training', '--log_dir', 'elsewhere') == 2
+    assert 'no training curves to draw' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         (['--checkpoint', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
         (['--num_slots', 0], 'at least 1 slot'),
+        (['--frames', 'nowhere'], 'nowhere holds no pictures'),
+        (['--gif', '--checkpoint', '.'], 'no checkpoints in .'),
         (['--output_dir', 'file/figures'], 'file/figures'),
     ],
 )
