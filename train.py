@@ -207,12 +207,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def at_least(lowest: int, number: type = int):
-    """An argparse type: a finite number that is not below `lowest`."""
+    """An argparse type: a number from `lowest` to what 63 bits hold."""
 
     def parse(text: str):
         value = number(text)
-        if not (value >= lowest and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f'must be at least {lowest}, not {text}')
+        if not lowest <= value < 2**63:  # the largest seed that torch takes
+            raise argparse.ArgumentTypeError(f'must be at least {lowest} and below 2^63, not {text}')
         return value
 
     parse.__name__ = number.__name__  # argparse names the type when the text is no number

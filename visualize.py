@@ -734,8 +734,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--num_images must be at least 1, not {args.num_images}')
     if args.edit and len(args.image or range(args.num_images)) < 2:
         parser.error('--edit needs two images at least')
-    if args.seed < 0:
-        parser.error(f'--seed must be at least 0, not {args.seed}')
+    if not 0 <= args.seed < 2**63:
+        parser.error(f'--seed must be at least 0 and below 2^63, not {args.seed}')
     return args
 
 
