@@ -35,17 +35,26 @@ def kill_again_and_again(folder: Path, kills: int, images: int, seed: int) -> in
         command = [sys.executable, str(ROOT / 'train.py'), *flags, '--log_dir', log_dir]
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
+    def wait_for_saving(process: subprocess.Popen, log_dir: str) -> None:
+        path = folder / log_dir / 'checkpoints/last.pth'
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+
     begun = time.monotonic()
     straight = start('straight')
-    while not (folder / 'straight/checkpoints/last.pth').exists() and straight.poll() is None:
-        time.sleep(0.1)
+    wait_for_saving(straight, 'straight')
     starting = time.monotonic() - begun
     assert straight.wait() == 0
     training = time.monotonic() - begun - starting
     steps = []
     for n in range(kills):
         process = start('killed')
-        time.sleep(rng.uniform(0.7 * starting, starting + 1.5 * training / kills))
+        if rng.random() < 0.2:  # while it starts, or reads its checkpoint
+            time.sleep(rng.uniform(0, starting))
+        else:  # while it trains: about half of the run in all, should it be faster now
+            wait_for_saving(process, 'killed')
+            time.sleep(rng.uniform(0, training / kills))
         process.kill()
         if process.wait() == 0:
             print(f'the run came to its end after {n} kills: more --images leave time for all')
