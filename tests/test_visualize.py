@@ -56,17 +56,17 @@ def test_the_calls_of_the_readme():
             assert min(picture.size) > 300 and np.asarray(picture).std() > 10
 
 
-@pytest.mark.parametrize('K', [1, 2, 3, 5, 7, 9, 11, 23])
+@pytest.mark.parametrize('K', [*range(1, 12), 23])
 def test_any_number_of_slots_iterations_and_images(K):
-    for T in (1, 2, 5) if K < 12 else (3,):
-        for B in (1, 2) if T == 2 else (1,):
-            images, recons, masks, attn, rgbs, labels = scene(B, K, T=T)
-            texts = texts_of(visualize_slots(images, recons, masks, None, rgbs, labels))
-            assert sum(re.match(r'\d+(:.*%| empty)$', text) is not None for text in texts) == B * K
-            assert sum(text.startswith('FG-ARI') for text in texts) == B + 1
-            texts = texts_of(visualize_attention_evolution(attn, images=images))
-            assert any(text.startswith(f'iteration {T}\nentropy') for text in texts) and f'slot {K}' in texts
-            visualize_slot_decomposition(images[:1], recons[:1], masks[:1], None, rgbs[:1], labels[:1])
+    for B in (1, 2):
+        images, recons, masks, attn, rgbs, labels = scene(B, K, T=5)
+        texts = texts_of(visualize_slots(images, recons, masks, None, rgbs, labels))
+        assert sum(re.match(r'\d+(:.*%| empty)$', text) is not None for text in texts) == B * K
+        assert sum(text.startswith('FG-ARI') for text in texts) == B + 1
+    visualize_slot_decomposition(images[:1], recons[:1], masks[:1], None, rgbs[:1], labels[:1])
+    for T in range(1, 6):
+        texts = texts_of(visualize_attention_evolution(attn[:, :T], images=images, index=1))
+        assert any(text.startswith(f'iteration {T}\nentropy') for text in texts) and f'slot {K}' in texts
 
 
 def test_a_batch_on_another_device_type_or_number_format_is_drawn_alike():
