@@ -478,6 +478,10 @@ class Decoder(nn.Module):
 
     Every slot is copied to all places of a coarse grid, given its position, and upsampled by
     transposed convolutions of (kernel, stride, channels). `pixels` picks rows and columns of the whole.
+
+    The first layer is linear in a slot that is the same everywhere plus positions that are the same for
+    all slots. Where its stride is 1, as in Table 5, it is computed once for the positions, and for each
+    slot at the border and at one place inside: half of that decoder's work is saved.
     """
 
     def __init__(self, resolution: int, slot_dim: int, layers: list[tuple[int, int, int]]):
@@ -492,7 +496,22 @@ class Decoder(nn.Module):
 
     def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
         rows, columns = pixels
-        return self.conv(self.position(slots[:, :, None, None]))[:, :, rows, columns]
+        return self.conv[1:](self.first(slots[:, :, None, None]))[:, :, rows, columns]
+
+    def first(self, slots: Tensor) -> Tensor:
+        """self.conv[0](self.position(slots)): slots [M, D, 1, 1] -> [M, C, h, w]."""
+        layer, (size, _, _) = self.conv[0], self.position.grid.shape
+        kernel = layer.kernel_size[0]
+        if layer.stride[0] > 1:
+            return layer(self.position(slots))
+        # A slot on a grid as large as the kernel meets every border; only in the middle are all taps inside.
+        alone = F.conv_transpose2d(slots.expand(-1, -1, kernel, kernel), layer.weight, padding=kernel // 2)
+        for dim in (2, 3):
+            before, middle, after = alone.split([kernel // 2, 1, kernel // 2], dim)
+            shape = list(middle.shape)
+            shape[dim] = size - kernel + 1
+            alone = torch.cat([before, middle.expand(shape), after], dim)
+        return alone + layer(self.position(torch.zeros_like(slots[:1])))
 
 
 class ImplicitDecoder(nn.Module):

@@ -38,7 +38,10 @@ def config_of(architecture: str, resolution: int, **changes) -> ModelConfig:
 
 
 class Step:
-    """A training step: __call__() does one. `plain`: float32, channels first, unfused Adam, every pixel."""
+    """A training step: __call__() does one.
+
+    `plain`: float32, channels first, unfused Adam, every pixel, and every layer of the decoder as it is written.
+    """
 
     def __init__(self, config: ModelConfig, batch_size: int, place: Place, plain: bool = False):
         torch.manual_seed(0)
@@ -46,6 +49,9 @@ class Step:
         layout = torch.contiguous_format if plain else torch.channels_last
         self.model = SlotAttentionAutoEncoder(config).to(place.device, memory_format=layout)
         recipe = RECIPES[config.architecture]
+        if plain and config.architecture == 'paper':
+            decoder = self.model.decoder
+            decoder.first = lambda slots: decoder.conv[0](decoder.position(slots))
         if plain:
             self.optimizers = [torch.optim.Adam(self.model.parameters(), fused=False, foreach=False)]
         else:

@@ -467,6 +467,19 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, dam
 # Parts of an image, and evaluation
 
 
+@pytest.mark.parametrize('resolution', (16, 35, 80))
+def test_the_first_layer_of_the_papers_decoder_is_the_plain_one(resolution):
+    decoder = small_model(architecture='paper', resolution=resolution).double().decoder
+    torch.nn.init.normal_(decoder.conv[0].bias)
+    slots = torch.randn(3, 16, dtype=torch.double, requires_grad=True)
+    first = list(decoder.conv[0].parameters()) + list(decoder.position.parameters())
+    results = []
+    for output in (decoder(slots), decoder.conv(decoder.position(slots[:, :, None, None]))):
+        results.append((output, *torch.autograd.grad(output.square().sum(), (slots, *first))))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 @pytest.mark.parametrize('architecture', ['fast', 'paper'])
 def test_some_rows_and_columns_decode_as_in_the_whole(architecture):
     model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution=32, hidden_dim=8, slot_dim=8)).eval()
