@@ -76,13 +76,13 @@ from visualize import visualize_attention_evolution, visualize_slots
 RECIPES = {
     'fast': dict(
         hidden_dim=64, num_iterations=8, slot_init='learned', gradient='first_order', damping=1 / 32,
-        eval_iterations=12, slot_worth=1e-3, optimizer='muon',
+        eval_iterations=12, slot_worth=1e-3, refine_steps=20, optimizer='muon',
         epochs=8, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=0, cooldown=0.5,
         clip=1.0, pixel_stride=2,
     ),
     'paper': dict(
         hidden_dim=64, num_iterations=3, slot_init='gaussian', gradient='full', damping=0.0,
-        eval_iterations=0, slot_worth=0.0, optimizer='adam',
+        eval_iterations=0, slot_worth=0.0, refine_steps=0, optimizer='adam',
         epochs=100, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0,
         clip=0.0, pixel_stride=1,
     ),
@@ -98,7 +98,7 @@ DATA_FLAGS = (
     'seed', 'optimizer',
 )  # fmt: skip
 OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'cooldown', 'clip', 'pixel_stride')
-FREE_IN_EVAL = ('num_slots', 'num_iterations', 'slot_worth', 'val_size', 'max_objects')
+FREE_IN_EVAL = ('num_slots', 'num_iterations', 'slot_worth', 'refine_steps', 'val_size', 'max_objects')
 SCORES = {
     'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'attn_fg_ari': 'attn FG-ARI',
     'consistency': 'consistency',
@@ -172,6 +172,7 @@ def create_parser(**kwargs) -> argparse.ArgumentParser:
     add(group, 'damping', float, 'share of the image below which the attention that a slot wins hardly updates it')
     add(group, 'eval_iterations', at_least(0), 'iterations in evaluation; 0: as in training')
     add(group, 'slot_worth', float, 'MSE that a slot must take off its image to be used in evaluation; 0: all are')
+    add(group, 'refine_steps', at_least(0), 'steps in which slots descend the error of their image in evaluation')
     group = parser.add_argument_group('optimisation')
     add(group, 'optimizer', str, 'muon: Muon for the matrices, Adam for the rest', choices=('adam', 'muon'))
     add(group, 'pixel_stride', at_least(1), 'the loss is that of every so many rows and columns, at random offsets')
@@ -935,7 +936,8 @@ def data_of(args: argparse.Namespace) -> dict:
 
 def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> int:
     """--eval: print the scores of a checkpoint on the test split as a table; returns the exit status."""
-    checkpoint = checkpoint | {'config': replace(checkpoint['config'], slot_worth=args.slot_worth)}
+    config = replace(checkpoint['config'], slot_worth=args.slot_worth, refine_steps=args.refine_steps)
+    checkpoint = checkpoint | {'config': config}
     model = build_model(checkpoint, args.resume).to(place.device)
     with place.first():
         test = create_dataset(split='test', size=args.val_size, **data_of(args))

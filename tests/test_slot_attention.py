@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+import slot_attention
 from slot_attention import (
     CheckpointError,
     ConfigError,
@@ -335,7 +336,7 @@ def test_a_glimpse_bins_what_is_attended_to_around_the_slot():
     values = glimpse.project(inputs)[0].view(16, 16, 32)
     for slot, row, column in ((0, 3, 3), (0, 5, 1), (1, 2, 4)):
         x0, y0, size = frame[0, slot]
-        width = size * 8 / 6
+        width = size * 2 * Glimpse.REACH / 6
         hat_x = (1 - ((axis - x0) / width - (column - 3)).abs()).clamp(min=0)
         hat_y = (1 - ((axis - y0) / width - (row - 3)).abs()).clamp(min=0)
         hat = hat_y[:, None] * hat_x
@@ -566,6 +567,40 @@ def test_an_empty_slot_is_tried_where_the_image_is_drawn_worst(monkeypatch):
     assert calls == [3, 2, 1, 2, 3] and not is_empty(slots).any()
     born = [frame for frame in frames if frame[:2] == pytest.approx([0.25, -0.25], abs=1e-4)]
     assert len(born) == 2 and born[0][2] == pytest.approx(module.MIN_SIZE, rel=0.1)
+
+
+@pytest.mark.parametrize('architecture', ('fast', 'paper'))
+def test_refining_lowers_the_error_and_touches_nothing_else(architecture):
+    torch.manual_seed(0)
+    model = small_model(architecture=architecture, refine_steps=8).eval()
+    images, slots = torch.rand(5, 3, 16, 16) * 2 - 1, torch.randn(5, 7, 16)
+    slots[:, 2] = 0
+    with torch.no_grad():
+        refined = model.refine(images, slots)
+        before, after = model.faults(images, slots)[0], model.faults(images, refined)[0]
+        torch.testing.assert_close(model.refine(images[1:2], slots[1:2]), refined[1:2], rtol=1e-3, atol=1e-4)
+    assert (after <= before).all() and after.mean() < 0.98 * before.mean()
+    assert (refined[:, 2] == 0).all()
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    with torch.inference_mode():
+        torch.testing.assert_close(model.refine(images.clone(), slots.clone()), refined)
+
+
+def test_slots_are_refined_in_evaluation_only():
+    model, images, slots = small_model(refine_steps=2), torch.rand(2, 3, 16, 16), torch.randn(2, 7, 16)
+    plain = small_model()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(images, slots=slots).slots, plain(images, slots=slots).slots)
+    with torch.no_grad():
+        expected = model.eval().refine(images, plain.eval()(images, slots=slots).slots)
+        assert torch.equal(model(images, slots=slots).slots, expected)
+        assert not torch.equal(expected, plain(images, slots=slots).slots)
+
+
+def test_refining_that_does_not_help_is_taken_back(monkeypatch):
+    monkeypatch.setattr(slot_attention, 'REFINE_LR', 1e6)
+    model, images, slots = small_model(refine_steps=2), torch.rand(2, 3, 16, 16), torch.randn(2, 7, 16)
+    assert torch.equal(model.refine(images, slots), slots)
 
 
 def test_evaluation_takes_its_own_iterations():
