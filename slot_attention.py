@@ -573,8 +573,6 @@ def _build_decoder(config: ModelConfig) -> nn.Module:
 
 # --- Autoencoder (paper Section 2.2) ---------------------------------------------------------
 
-REFINE_LR = 0.02  # at first; falls linearly to 0
-
 
 class SlotAttentionOutput(NamedTuple):
     recons: Tensor  # [B, 3, H, W]      the combined reconstruction
@@ -585,6 +583,8 @@ class SlotAttentionOutput(NamedTuple):
 
 class SlotAttentionAutoEncoder(nn.Module):
     """Takes an image apart into slots and puts it together again (paper Section 2.2, Figure 1)."""
+
+    REFINE_LR = 0.02  # at first, see refine()
 
     def __init__(self, config: ModelConfig | None = None):
         super().__init__()
@@ -603,7 +603,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
 
         `per_call` are the keywords of SlotAttention.forward: num_slots, num_iterations, slots,
-        generator. Raises ValueError for images that are not of the model's resolution.
+        generator. In evaluation mode slots are refined, see refine(). Raises ValueError for images that are not of the model's resolution.
         """
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -648,7 +648,7 @@ class SlotAttentionAutoEncoder(nn.Module):
 
         The slots that a network guesses in one pass are a start from which a few steps of the gradient,
         with respect to them, go further: semi-amortised inference (Kim et al. 2018, arXiv 1802.02550). Adam
-        with a short memory, for there are few steps; a quarter of the pixels at a time, all four in turn.
+        with a short memory, for there are few steps, and a rate that falls to 0; a quarter of the pixels at a time, all four in turn.
         Where that does not lower the error, slots stay as they were; empty ones have no gradient.
         """
         steps = self.config.refine_steps
@@ -661,7 +661,7 @@ class SlotAttentionAutoEncoder(nn.Module):
                 rgbs, masks = self.decode(slots, (rows, columns))
                 error = ((rgbs * masks).sum(dim=1) - images[:, :, rows, columns]).float().square()
                 (slots.grad,) = torch.autograd.grad(error.mean(dim=(1, 2, 3)).sum(), slots)
-                optimizer.param_groups[0]['lr'] = REFINE_LR * (1 - step / steps)
+                optimizer.param_groups[0]['lr'] = self.REFINE_LR * (1 - step / steps)
                 optimizer.step()
             slots = slots.detach()
         with torch.no_grad():

@@ -49,10 +49,9 @@ class Step:
         layout = torch.contiguous_format if plain else torch.channels_last
         self.model = SlotAttentionAutoEncoder(config).to(place.device, memory_format=layout)
         recipe = RECIPES[config.architecture]
-        if plain and config.architecture == 'paper':
-            decoder = self.model.decoder
-            decoder.first = lambda slots: decoder.conv[0](decoder.position(slots))
         if plain:
+            decoder = self.model.decoder
+            decoder.first = lambda slots: decoder.conv[0](decoder.position(slots))  # ImplicitDecoder has no use for it
             self.optimizers = [torch.optim.Adam(self.model.parameters(), fused=False, foreach=False)]
         else:
             self.optimizers = create_optimizers(self.model, recipe['optimizer'])

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 
-import slot_attention
 from slot_attention import (
     CheckpointError,
     ConfigError,
@@ -598,7 +597,7 @@ def test_slots_are_refined_in_evaluation_only():
 
 
 def test_refining_that_does_not_help_is_taken_back(monkeypatch):
-    monkeypatch.setattr(slot_attention, 'REFINE_LR', 1e6)
+    monkeypatch.setattr(SlotAttentionAutoEncoder, 'REFINE_LR', 1e6)
     model, images, slots = small_model(refine_steps=2), torch.rand(2, 3, 16, 16), torch.randn(2, 7, 16)
     assert torch.equal(model.refine(images, slots), slots)
 
