@@ -603,7 +603,8 @@ class SlotAttentionAutoEncoder(nn.Module):
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
 
         `per_call` are the keywords of SlotAttention.forward: num_slots, num_iterations, slots,
-        generator. In evaluation mode slots are refined, see refine(). Raises ValueError for images that are not of the model's resolution.
+        generator. In evaluation mode slots are refined, see refine(). Raises ValueError for images
+        that are not of the model's resolution.
         """
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -648,8 +649,9 @@ class SlotAttentionAutoEncoder(nn.Module):
 
         The slots that a network guesses in one pass are a start from which a few steps of the gradient,
         with respect to them, go further: semi-amortised inference (Kim et al. 2018, arXiv 1802.02550). Adam
-        with a short memory, for there are few steps, and a rate that falls to 0; a quarter of the pixels at a time, all four in turn.
-        Where that does not lower the error, slots stay as they were; empty ones have no gradient.
+        with a short memory, for there are few steps, and a rate that falls to 0; a quarter of the pixels at
+        a time, all four in turn. Where that does not lower the error, slots stay as they were; empty ones
+        have no gradient.
         """
         steps = self.config.refine_steps
         with torch.inference_mode(False), torch.enable_grad():
