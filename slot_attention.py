@@ -459,7 +459,7 @@ class Encoder(nn.Module):
         super().__init__()
         layers, size = [], resolution
         for inputs, outputs, stride in zip([3, *channels], channels, strides, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2), nn.ReLU(inplace=True)]
             size = -(-size // stride)
         self.conv = nn.Sequential(*layers)
         self.grid_size, width = size, channels[-1]
@@ -473,7 +473,18 @@ class Encoder(nn.Module):
         return self.mlp(self.norm(features.flatten(2).transpose(1, 2)))  # [B, N, C]
 
 
-ALL = (slice(None), slice(None))  # rows and columns
+Pixels = tuple[slice | Tensor, slice | Tensor]  # rows and columns, as slices or their numbers
+ALL = (slice(None), slice(None))
+
+
+class TurnedConv(nn.ConvTranspose2d):
+    """A transposed convolution of stride 1 as what it is: a convolution with its kernel turned by half a circle.
+
+    The same numbers; going backward, CPUs need 0.88 (bfloat16) and 0.93 (float32) of the time.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.conv2d(inputs, self.weight.flip(2, 3).transpose(0, 1), self.bias, padding=self.padding)
 
 
 class Decoder(nn.Module):
@@ -492,14 +503,16 @@ class Decoder(nn.Module):
         self.position = SoftPositionEmbed(slot_dim, resolution // math.prod(stride for _, stride, _ in layers))
         modules, width = [], slot_dim
         for kernel, stride, channels in layers:
-            modules += [nn.ConvTranspose2d(width, channels, kernel, stride, kernel // 2, stride - 1), nn.ReLU()]
+            # Not the last one: with 4 channels to come from it is slower turned.
+            layer = TurnedConv if stride == 1 and channels > 4 else nn.ConvTranspose2d
+            modules += [layer(width, channels, kernel, stride, kernel // 2, stride - 1), nn.ReLU(inplace=True)]
             width = channels
         self.conv = nn.Sequential(*modules[:-1])  # colours and logits are linear
         _keras_init(self)
 
-    def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
+    def forward(self, slots: Tensor, pixels: Pixels = ALL) -> Tensor:
         rows, columns = pixels
-        return self.conv[1:](self.first(slots[:, :, None, None]))[:, :, rows, columns]
+        return self.conv[1:](self.first(slots[:, :, None, None]))[:, :, rows][..., columns]
 
     def first(self, slots: Tensor) -> Tensor:
         """self.conv[0](self.position(slots)): slots [M, D, 1, 1] -> [M, C, h, w]."""
@@ -509,12 +522,13 @@ class Decoder(nn.Module):
             return layer(self.position(slots))
         # A slot on a grid as large as the kernel meets every border; only in the middle are all taps inside.
         alone = F.conv_transpose2d(slots.expand(-1, -1, kernel, kernel), layer.weight, padding=kernel // 2)
-        for dim in (2, 3):
+        alone = alone.permute(0, 2, 3, 1)  # cat() gives its result the order of its dimensions: channels last
+        for dim in (1, 2):
             before, middle, after = alone.split([kernel // 2, 1, kernel // 2], dim)
             shape = list(middle.shape)
             shape[dim] = size - kernel + 1
             alone = torch.cat([before, middle.expand(shape), after], dim)
-        return alone + layer(self.position(torch.zeros_like(slots[:1])))
+        return alone.permute(0, 3, 1, 2) + layer(self.position(torch.zeros_like(slots[:1])))
 
 
 class ImplicitDecoder(nn.Module):
@@ -538,10 +552,11 @@ class ImplicitDecoder(nn.Module):
         # What it writes is multiplied with each other: from full-sized weights a first image has an MSE of up to 10.
         self.hyper[-1].weight.data.mul_(0.3)
 
-    def forward(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> Tensor:
+    def forward(self, slots: Tensor, pixels: Pixels = ALL) -> Tensor:
         frame = slots[:, :FRAME]
-        places = in_frame(self.axis, frame, self.MIN_SIZE)  # [M, 2, R]
-        x, y = places[:, 0:1, pixels[1]], places[:, 1:2, pixels[0]]  # [M, 1, w], [M, 1, h]
+        rows, columns = pixels
+        x = in_frame(self.axis[columns], frame, self.MIN_SIZE)[:, 0:1]  # [M, 1, w]
+        y = in_frame(self.axis[rows], frame, self.MIN_SIZE)[:, 1:2]  # [M, 1, h]
         code = torch.cat([frame[:, :2], frame[:, 2:].clamp(min=self.MIN_SIZE).log(), slots[:, FRAME:]], dim=1)
         inner, outer = self.hyper(code).split([3 * self.UNITS, 4 * (self.UNITS + 1)], dim=1)
         inner, outer = inner.unflatten(1, (self.UNITS, 3)), outer.unflatten(1, (4, self.UNITS + 1))
@@ -615,7 +630,7 @@ class SlotAttentionAutoEncoder(nn.Module):
             slots = self.refine(images, slots)
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
-    def decode(self, slots: Tensor, pixels: tuple[slice, slice] = ALL) -> tuple[Tensor, Tensor]:
+    def decode(self, slots: Tensor, pixels: Pixels = ALL) -> tuple[Tensor, Tensor]:
         """slots [B, K, D] -> colours [B, K, 3, H, W] and masks [B, K, 1, H, W]; each slot alone.
 
         `pixels` are the rows and columns wanted, which H and W then count. The image is their sum
@@ -670,7 +685,7 @@ class SlotAttentionAutoEncoder(nn.Module):
             better = self.faults(images, slots)[0] < self.faults(images, before)[0]  # [B]
             return torch.where(better[:, None, None], slots, before)
 
-    def forward(self, images: Tensor, pixels: tuple[slice, slice] = ALL, **per_call) -> SlotAttentionOutput:
+    def forward(self, images: Tensor, pixels: Pixels = ALL, **per_call) -> SlotAttentionOutput:
         """encode, decode, combine; arguments as in encode() and decode()."""
         slots, attn = self.encode(images, **per_call)
         rgbs, masks = self.decode(slots, pixels)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -54,9 +54,11 @@ from dataset import (
     wrap_in_loader,
 )
 from slot_attention import (
+    ALL,
     CheckpointError,
     ConfigError,
     ModelConfig,
+    Pixels,
     SlotAttentionAutoEncoder,
     SlotAttentionOutput,
     adjusted_rand_index,
@@ -194,6 +196,7 @@ def create_parser(**kwargs) -> argparse.ArgumentParser:
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
     add(group, 'amp', str, 'bfloat16; auto: where it is fast', default='auto', choices=('auto', 'on', 'off'))
+    group.add_argument('--compile', action='store_true', help='torch.compile the model: a first step of a minute')
     add(group, 'num_workers', at_least(0), 'processes that load batches; 0: none, the data are in memory', default=0)
 
     return parser
@@ -266,13 +269,17 @@ class Place:
 
     device: torch.device
     bfloat16: bool
+    compiled: bool = False
     rank: int = 0
     world_size: int = 1
     control: dist.ProcessGroup | None = None
 
     @classmethod
-    def choose(cls, device: str = 'auto', amp: str = 'auto') -> 'Place':
-        """Joins the other processes where torchrun has started some. Raises ConfigError for a GPU that is not there."""
+    def choose(cls, device: str = 'auto', amp: str = 'auto', compiled: bool = False) -> 'Place':
+        """Joins the other processes where torchrun has started some.
+
+        Raises ConfigError for a GPU that is not there, or where torch.compile does not work.
+        """
         if device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: PyTorch finds no CUDA GPU here; use --device cpu')
         if device == 'auto':
@@ -283,8 +290,14 @@ class Place:
             checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
             fast = any(getattr(torch.cpu, check, bool)() for check in checks)
         bfloat16 = amp == 'on' or (amp == 'auto' and fast)
+        if compiled:
+            try:  # something small: it needs a C++ compiler for CPUs, Triton for GPUs, and headers for both
+                torch.compile(torch.relu)(torch.ones(1, device=device))
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(f'--compile does not work here ({reason}); leave it out') from error
         if not dist.is_torchelastic_launched():
-            return cls(torch.device(device), bfloat16)
+            return cls(torch.device(device), bfloat16, compiled)
         local_rank = int(os.environ['LOCAL_RANK'])
         if device == 'cuda':
             if local_rank >= torch.cuda.device_count():
@@ -299,10 +312,16 @@ class Place:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         control = dist.new_group(backend='gloo', timeout=timedelta(hours=6))  # preparing a data set takes long
         device = torch.device(device, local_rank if device == 'cuda' else None)
-        return cls(device, bfloat16, dist.get_rank(), dist.get_world_size(), control)
+        return cls(device, bfloat16, compiled, dist.get_rank(), dist.get_world_size(), control)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as training calls it: many processes average its gradients, and --compile compiles it."""
+        if self.world_size > 1:
+            model = DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
+        return torch.compile(model) if self.compiled else model
 
     def generator(self, *key: int) -> torch.Generator:
         """Noise that is a function of `key`: torch's CPU generator uses 32 bits of a seed, so mix."""
@@ -360,7 +379,7 @@ class Muon(torch.optim.Optimizer):
 
     Every direction of a matrix moves equally far: about 0.2 a root mean square of an entry, as Adam.
     Weights of convolutions count as matrices [out, in * kernel]. torch.optim.Muon (from 2.9) computes
-    in bfloat16, which most CPUs only emulate; this one stays in float32, equal shapes in one batch.
+    in bfloat16, which most CPUs only emulate; this one stays in float32.
     As in torch's fused optimisers, nothing changes in a step where the tensor `found_inf` is 1.
     """
 
@@ -373,35 +392,45 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             found_inf = self.found_inf.to(group['params'][0].device)
-            updates = {}  # by shape
-            for p in group['params']:
-                if p.grad is None:
-                    continue
+            parameters = [p for p in group['params'] if p.grad is not None]
+            updates = []
+            for p in parameters:
                 if p not in self.state:
                     self.state[p]['momentum'] = torch.zeros_like(p)
                 buffer = self.state[p]['momentum']
                 grad = torch.where(found_inf > 0, buffer, p.grad)  # its own mean leaves the buffer as it is
                 buffer.lerp_(grad, 1 - group['momentum'])
-                update = grad.lerp(buffer, group['momentum']).flatten(1)
-                updates.setdefault(update.shape, []).append((p, update))
-            for shape, pairs in updates.items():
-                directions = orthogonalise(torch.stack([update for _, update in pairs])) * (1 - found_inf)
-                for (p, _), direction in zip(pairs, directions, strict=True):
-                    p.add_(direction.view_as(p), alpha=-0.2 * max(shape) ** 0.5 * group['lr'])
+                updates.append(grad.lerp(buffer, group['momentum']).flatten(1))
+            for p, direction in zip(parameters, orthogonalise(updates), strict=True):
+                scale = -0.2 * max(direction.shape) ** 0.5 * group['lr']
+                p.add_(direction.view_as(p) * (1 - found_inf), alpha=scale)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """[n, R, C] -> the nearest (semi-)orthogonal matrices, roughly: singular values from 0.7 to 1.2.
+def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
+    """Matrices [R, C] -> the nearest (semi-)orthogonal ones, roughly: singular values from 0.7 to 1.2.
 
-    Five steps of a Newton-Schulz iteration with Jordan's coefficients.
+    Five steps of a Newton-Schulz iteration with Jordan's coefficients, X <- (a + b XX' + c (XX')^2) X. All
+    that ever multiplies X are polynomials of the first XX'. So these are iterated, those of one size in one
+    batch, and the matrices themselves, which may be long, are multiplied only once, at the end.
     """
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalise(matrices.mT).mT
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x
+
+    def factor(gram: Tensor) -> Tensor:
+        result = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        result.diagonal(dim1=1, dim2=2).add_(3.4445)
+        return result
+
+    wide = [(x if x.shape[0] <= x.shape[1] else x.mT) / (x.norm() + 1e-7) for x in matrices]
+    products = {}  # by size
+    for size in {len(x) for x in wide}:
+        gram = torch.stack([x @ x.mT for x in wide if len(x) == size])  # [n, R, R]
+        step = product = factor(gram)
+        for _ in range(4):
+            gram = step @ gram @ step
+            step = factor(gram)
+            product = step @ product
+        products[size] = iter(product)
+    directions = [next(products[len(x)]) @ x for x in wide]
+    return [d if x.shape[0] <= x.shape[1] else d.mT for d, x in zip(directions, matrices, strict=True)]
 
 
 def create_optimizers(model: SlotAttentionAutoEncoder, name: str) -> list[torch.optim.Optimizer]:
@@ -469,6 +498,12 @@ def learning_rate(
     return lr * warmup * decay * cool
 
 
+def choose_pixels(rng: np.random.Generator, resolution: int, stride: int, device: torch.device) -> Pixels:
+    """Every `stride`-th row and column from random ones on. As tensors, or each offset would be compiled anew."""
+    offsets = rng.integers(stride, size=2)
+    return ALL if stride == 1 else tuple(torch.arange(i, resolution, stride, device=device) for i in offsets.tolist())
+
+
 @dataclass
 class Run:
     """A training run: what it consists of, and how it goes on."""
@@ -483,10 +518,7 @@ class Run:
     stop: Stop
 
     def __post_init__(self):
-        self.parallel = self.model
-        if self.place.world_size > 1:  # averages the gradients of the processes
-            devices = [self.place.device] if self.place.device.type == 'cuda' else None
-            self.parallel = DistributedDataParallel(self.model, devices)
+        self.prepared = self.place.prepare(self.model)
         self.saved_at = self.clock = time.monotonic()
         self.failed = False  # the last saving
 
@@ -534,15 +566,15 @@ class Run:
         rng = np.random.default_rng([args.seed, step])
         if args.flip:
             batch = flip(batch, place.shard(torch.from_numpy(rng.random(args.batch_size) < 0.5)))
-        rows, columns = (slice(offset, None, args.pixel_stride) for offset in rng.integers(args.pixel_stride, size=2))
+        pixels = rows, columns = choose_pixels(rng, args.resolution, args.pixel_stride, place.device)
         images = batch['image'].to(place.device, non_blocking=True)
         # Drawn for the whole batch, so that the noise of an image is the same for any number of processes.
         slots = self.model.slot_attention.initial_slots(
             args.batch_size, args.num_slots, place.generator(args.seed, step)
         )
         with place.autocast():
-            recons = self.parallel(images, (rows, columns), slots=place.shard(slots)).recons
-        loss = F.mse_loss(recons.float(), images[:, :, rows, columns])
+            recons = self.prepared(images, pixels, slots=place.shard(slots)).recons
+        loss = F.mse_loss(recons.float(), images[:, :, rows][..., columns])
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip or math.inf)
@@ -1031,7 +1063,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> in
 def main(args: argparse.Namespace) -> int:
     """Train or score as asked; returns the exit status. A user's mistake becomes one line and a 2."""
     try:
-        place = Place.choose(args.device, args.amp)
+        place = Place.choose(args.device, args.amp, args.compile)
         args.auto = str(args.resume) == 'auto'
         if args.auto:
             with place.first():

@@ -38,15 +38,15 @@ def test_learning_rate_cools_down_to_nothing():
 
 
 def test_orthogonalised_matrices_have_like_singular_values_and_the_same_directions():
-    for shape in ((20, 8, 30), (1, 30, 8), (3, 16, 16)):
-        matrices = torch.randn(shape) * torch.linspace(0.1, 3, shape[2])
-        found = train.orthogonalise(matrices)
-        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    shapes = ((8, 30), (30, 8), (16, 16), (8, 30), (8, 12))
+    matrices = [torch.randn(shape) * torch.linspace(0.1, 3, shape[1]) for shape in shapes]
+    for matrix, found in zip(matrices, train.orthogonalise(matrices), strict=True):
+        u, singular, v = torch.linalg.svd(matrix, full_matrices=False)
         rotated = u.mT @ found @ v.mT  # diagonal: Newton-Schulz changes the singular values alone
-        values = rotated.diagonal(dim1=1, dim2=2)
-        assert (rotated - torch.diag_embed(values)).abs().max() < 1e-4
+        values = rotated.diagonal()
+        assert (rotated - torch.diag(values)).abs().max() < 1e-3
         # Singular values near zero need more steps than five.
-        large = torch.linalg.svdvals(matrices) > 0.05 * matrices.norm(dim=(1, 2))[:, None]
+        large = singular > 0.05 * matrix.norm()
         assert values[large].min() > 0.5 and values[large].max() < 1.25
 
 
