@@ -1,6 +1,7 @@
 """How fast a training step is, beside the same layers done plainly and beside the machine's peak.
 
     python tests/benchmark.py                    # everything, in under five minutes on two cores
+    python tests/benchmark.py --compile          # also the compiled step: a minute more for each row
     python tests/benchmark.py --device cuda
 
 Run by hand, not collected by pytest. All rows are measured in one process, plain and ours in turns;
@@ -9,12 +10,14 @@ torch.utils.flop_counter, forward and backward.
 """
 
 import argparse
+import dataclasses
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import create_dataset, wrap_in_loader
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder
-from train import RECIPES, Place, create_optimizers
+from slot_attention import ModelConfig, SlotAttentionAutoEncoder, TurnedConv
+from train import RECIPES, Place, choose_pixels, create_optimizers
 
 MODEL = ('num_iterations', 'slot_init', 'gradient', 'damping')
 
@@ -45,27 +48,34 @@ class Step:
 
     def __init__(self, config: ModelConfig, batch_size: int, place: Place, plain: bool = False):
         torch.manual_seed(0)
-        self.place = Place(place.device, False) if plain else place
+        self.place = place = Place(place.device, False) if plain else place
         layout = torch.contiguous_format if plain else torch.channels_last
         self.model = SlotAttentionAutoEncoder(config).to(place.device, memory_format=layout)
         recipe = RECIPES[config.architecture]
         if plain:
             decoder = self.model.decoder
+            for layer in self.model.modules():
+                if isinstance(layer, TurnedConv):
+                    layer.__class__ = torch.nn.ConvTranspose2d
+                elif isinstance(layer, torch.nn.ReLU):
+                    layer.inplace = False
             decoder.first = lambda slots: decoder.conv[0](decoder.position(slots))  # ImplicitDecoder has no use for it
             self.optimizers = [torch.optim.Adam(self.model.parameters(), fused=False, foreach=False)]
         else:
             self.optimizers = create_optimizers(self.model, recipe['optimizer'])
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group['lr'] = 1e-4
-        stride = slice(None, None, 1 if plain else recipe['pixel_stride'])
-        self.pixels = (stride, stride)
+        stride = 1 if plain else recipe['pixel_stride']
+        self.pixels = choose_pixels(np.random.default_rng(0), config.resolution, stride, place.device)
+        self.prepared = place.prepare(self.model)
         images = torch.rand(batch_size, 3, config.resolution, config.resolution, device=place.device)
         self.images = (images * 2 - 1).contiguous(memory_format=layout)
 
     def __call__(self) -> None:
         with self.place.autocast():
-            recons = self.model(self.images, self.pixels).recons
-        F.mse_loss(recons.float(), self.images[(..., *self.pixels)]).backward()
+            recons = self.prepared(self.images, self.pixels).recons
+        rows, columns = self.pixels
+        F.mse_loss(recons.float(), self.images[:, :, rows][..., columns]).backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -111,28 +121,31 @@ def memory(place: Place) -> float:
 
 
 def steps_table(place: Place, repeats: int) -> dict[str, float]:
-    """Rows of architecture x resolution: ours, plain, forward alone. Returns images/s of each."""
+    """Rows of architecture x resolution: ours, plain, forward alone, compiled. Returns images/s of ours."""
+    eager = dataclasses.replace(place, compiled=False)
     dtype = torch.bfloat16 if place.bfloat16 else torch.float32
     peaks = {dtype: peak(dtype, place), torch.float32: peak(torch.float32, place)}
     for name, value in peaks.items():
         print(f'matrix product peak, {str(name).removeprefix("torch.")}: {value / 1e9:,.0f} GFLOP/s')
     print(
         f'\n{"step":24}{"images/s":>10}{"GFLOP/s":>10}{"of peak":>9}{"plain":>9}{"ratio":>7}{"forward":>9}{"memory":>9}'
+        + (f'{"compiled":>11}{"ratio":>7}' if place.compiled else '')
     )
     rates = {}
     on_gpu = place.device.type == 'cuda'
     for architecture, resolution, batch in (('fast', 64, 16), ('paper', 64, 4), ('paper', 128, 2)):
         batch *= 16 if on_gpu else 1
         config = config_of(architecture, resolution)
-        ours, plain = Step(config, batch, place), Step(config, batch, place, plain=True)
-        times = seconds([ours, plain, ours.forward], place, repeats if architecture == 'fast' else max(repeats // 4, 2))
-        rate, plain_rate, forward_rate = (batch / t for t in times)
+        ours, plain = Step(config, batch, eager), Step(config, batch, eager, plain=True)
+        calls = [ours, plain, ours.forward] + ([Step(config, batch, place)] if place.compiled else [])
+        times = seconds(calls, place, repeats if architecture == 'fast' else max(repeats // 4, 3))
+        rate, plain_rate, forward_rate, *compiled_rate = (batch / t for t in times)
         speed = ours.flop() / times[0]
         rates[f'{architecture} {resolution}'] = rate
         print(
             f'{f"{architecture} {resolution}x{resolution}, batch {batch}":24}{rate:10.1f}{speed / 1e9:10.0f}'
             f'{speed / peaks[dtype]:9.0%}{plain_rate:9.1f}{rate / plain_rate:7.2f}{forward_rate:9.1f}'
-            f'{memory(place):6.1f} GB',
+            f'{memory(place):6.1f} GB' + ''.join(f'{r:11.1f}{r / plain_rate:7.2f}' for r in compiled_rate),
             flush=True,
         )
     print(f'fast is {rates["fast 64"] / rates["paper 64"]:.1f} times as fast as paper at 64x64')
@@ -176,14 +189,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda'))
     parser.add_argument('--amp', default='auto', choices=('auto', 'on', 'off'))
+    parser.add_argument('--compile', action='store_true', help='also measure the compiled step')
     parser.add_argument('--repeats', type=int, default=12, help='measured calls per figure (default: 12)')
     args = parser.parse_args()
     start = time.perf_counter()
-    place = Place.choose(args.device, args.amp)
+    place = Place.choose(args.device, args.amp, args.compile)
     print(f'{place}, torch {torch.__version__}')
     rates = steps_table(place, args.repeats)
     loaders_table(rates)
-    growth_table(place, max(args.repeats // 2, 2))
+    growth_table(dataclasses.replace(place, compiled=False), max(args.repeats // 2, 2))
     print(f'\n{time.perf_counter() - start:.0f} s')
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import ROOT, SMALL, run, scalars
@@ -74,6 +75,53 @@ def test_muon_takes_the_matrices_and_adam_the_rest():
     assert all(name.endswith(('weight', 'weight_ih', 'weight_hh')) for name in of_muon)
     assert len(of_muon) + len(adam.param_groups[0]['params']) == len(names)
     assert len(train.create_optimizers(model, 'adam')) == 1
+
+
+@pytest.mark.parametrize('architecture', train.RECIPES)
+def test_the_compiled_step_is_the_plain_one(architecture):
+    try:
+        place = train.Place.choose('cpu', 'off', compiled=True)
+    except train.ConfigError as error:
+        pytest.skip(str(error))
+    recipe = train.RECIPES[architecture]
+    changes = {name: recipe[name] for name in ('slot_init', 'gradient', 'damping')}
+    model = SlotAttentionAutoEncoder(ModelConfig(architecture, 16, 3, 8, 2, 8, **changes))
+    prepared, counts = place.prepare(model), torch._dynamo.utils.counters['stats']
+    programs = counts['unique_graphs']
+    images, slots = torch.rand(2, 3, 16, 16), model.slot_attention.initial_slots(2, 3).detach()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        rows, columns = pixels = train.choose_pixels(rng, 16, recipe['pixel_stride'], place.device)
+        results = []
+        for forward in (model, prepared):
+            model.zero_grad()
+            output = forward(images, pixels, slots=slots)
+            (output.recons - images[:, :, rows][..., columns]).square().mean().backward()
+            results.append([*output, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for plain, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+    assert counts['unique_graphs'] == programs + 1  # other rows and columns need no other one
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError('no compiler\nwith details')
+
+    monkeypatch.setattr(torch, 'compile', broken)
+    assert run(*SMALL, '--compile') == 2
+    assert capsys.readouterr().err == 'train.py: error: --compile does not work here (no compiler); leave it out\n'
+    assert not Path('logs').exists()
+
+
+def test_pixels_are_every_so_many_from_any_offset_on():
+    seen = set()
+    for step in range(50):
+        rows, columns = train.choose_pixels(np.random.default_rng(step), 10, 3, torch.device('cpu'))
+        for chosen in (rows, columns):
+            assert chosen.tolist() == list(range(int(chosen[0]), 10, 3))
+        seen.add((int(rows[0]), int(columns[0])))
+    assert seen == {(i, j) for i in range(3) for j in range(3)}
+    assert torch.arange(10)[train.choose_pixels(np.random.default_rng(0), 10, 1, torch.device('cpu'))[0]].numel() == 10
 
 
 def test_a_run_learns_logs_and_keeps_checkpoints(capsys):
