@@ -294,7 +294,7 @@ class Place:
             try:  # something small: it needs a C++ compiler for CPUs, Triton for GPUs, and headers for both
                 torch.compile(torch.relu)(torch.ones(1, device=device))
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = ' '.join(str(error).split('\n\n')[0].split())  # the first paragraph, in one line
                 raise ConfigError(f'--compile does not work here ({reason}); leave it out') from error
         if not dist.is_torchelastic_launched():
             return cls(torch.device(device), bfloat16, compiled)

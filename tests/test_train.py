@@ -105,11 +105,11 @@ def test_the_compiled_step_is_the_plain_one(architecture):
 
 def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):
     def broken(*args):
-        raise RuntimeError('no compiler\nwith details')
+        raise RuntimeError('raised:\nno compiler\n\nwith details')
 
     monkeypatch.setattr(torch, 'compile', broken)
     assert run(*SMALL, '--compile') == 2
-    assert capsys.readouterr().err == 'train.py: error: --compile does not work here (no compiler); leave it out\n'
+    assert capsys.readouterr().err == 'train.py: error: --compile does not work here (raised: no compiler); leave it out\n'
     assert not Path('logs').exists()
 
 
