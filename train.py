@@ -196,7 +196,9 @@ def create_parser(**kwargs) -> argparse.ArgumentParser:
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
     add(group, 'amp', str, 'bfloat16; auto: where it is fast', default='auto', choices=('auto', 'on', 'off'))
-    group.add_argument('--compile', action='store_true', help='torch.compile the model: a first step of a minute')
+    group.add_argument(
+        '--compile', action='store_true', help='torch.compile the model: faster steps after a first one of a minute'
+    )
     add(group, 'num_workers', at_least(0), 'processes that load batches; 0: none, the data are in memory', default=0)
 
     return parser
