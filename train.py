@@ -77,7 +77,7 @@ from visualize import visualize_attention_evolution, visualize_slots
 # every 100,000 steps; 'fast' is what was measured to learn shapes soonest (README, "What was tried").
 RECIPES = {
     'fast': dict(
-        hidden_dim=64, num_iterations=8, slot_init='learned', gradient='first_order', damping=1 / 32,
+        hidden_dim=64, num_iterations=8, slot_init='gaussian', gradient='first_order', damping=1 / 32,
         eval_iterations=12, slot_worth=1e-3, refine_steps=20, optimizer='muon',
         epochs=8, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=0, cooldown=0.5,
         clip=1.0, pixel_stride=2,

@@ -279,7 +279,7 @@ def test_help_names_every_default():
     assert result.returncode == 0 and time.time() - start < 60
     for name in train.MODEL_FLAGS + train.DATA_FLAGS + train.OPTIMISATION_FLAGS:
         assert f'--{name}' in result.stdout
-    assert result.stdout.count('(default') == result.stdout.count('\n  --') - 2  # all but --resume and --eval
+    assert result.stdout.count('(default') == result.stdout.count('\n  --') - 3  # all but --resume, --eval, --compile
 
 
 # Diagnosis: masks made to show each of the ways in which slots go wrong
