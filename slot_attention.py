@@ -219,6 +219,7 @@ class SlotAttention(nn.Module):
         attns, initial = [], slots
         if self.gradient == 'first_order':
             with torch.no_grad():
+                slots = slots.detach()
                 for _ in range(num_iterations - 1):
                     slots, attn = self.step(slots, k, v)
                     attns.append(attn)
