@@ -323,7 +323,7 @@ class Place:
         """The model as training calls it: many processes average its gradients, and --compile compiles it."""
         if self.world_size > 1:
             model = DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
-        return torch.compile(model) if self.compiled else model
+        return torch.compile(model, dynamic=False) if self.compiled else model  # all batches have one size
 
     def generator(self, *key: int) -> torch.Generator:
         """Noise that is a function of `key`: torch's CPU generator uses 32 bits of a seed, so mix."""

@@ -72,8 +72,9 @@ class Step:
         self.images = (images * 2 - 1).contiguous(memory_format=layout)
 
     def __call__(self) -> None:
+        slots = self.model.slot_attention.initial_slots(len(self.images), self.model.config.num_slots)
         with self.place.autocast():
-            recons = self.prepared(self.images, self.pixels).recons
+            recons = self.prepared(self.images, self.pixels, slots=slots).recons
         rows, columns = self.pixels
         F.mse_loss(recons.float(), self.images[:, :, rows][..., columns]).backward()
         for optimizer in self.optimizers:
