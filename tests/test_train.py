@@ -109,7 +109,8 @@ def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, 'compile', broken)
     assert run(*SMALL, '--compile') == 2
-    assert capsys.readouterr().err == 'train.py: error: --compile does not work here (raised: no compiler); leave it out\n'
+    said = capsys.readouterr().err
+    assert said == 'train.py: error: --compile does not work here (raised: no compiler); leave it out\n'
     assert not Path('logs').exists()
 
 
