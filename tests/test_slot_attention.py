@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from slot_attention import (
     CheckpointError,
@@ -130,6 +131,15 @@ def test_gradient_reaches_every_parameter(slot_init, gradient):
     (model(images).recons - images).square().mean().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_flop_of_a_step_can_be_counted():
+    """The counter's hooks want a gradient function of all that asks for a gradient, without grad mode too."""
+    for slot_init, gradient in MODES:
+        model = small_model(architecture='fast', slot_init=slot_init, gradient=gradient)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 16, 16)).recons.sum().backward()
+        assert counter.get_total_flops() > 10**6
 
 
 def test_gaussian_slots_have_the_mean_and_the_spread_they_learned():
