@@ -317,7 +317,11 @@ class Place:
         return cls(device, bfloat16, compiled, dist.get_rank(), dist.get_world_size(), control)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+        # No cache of weights in bfloat16: that of torch 2.6 gives what was cast in iterations without gradient to
+        # the last one too, and those weights would never learn.
+        if self.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return contextlib.nullcontext()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model as training calls it: many processes average its gradients, and --compile compiles it."""

@@ -189,6 +189,19 @@ def test_bfloat16_autocast_trains(capsys):
     assert 'bfloat16' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('gradient', ['full', 'first_order'])
+@pytest.mark.parametrize('architecture', train.RECIPES)
+def test_the_gradient_reaches_every_parameter_in_bfloat16(architecture, gradient):
+    place = train.Place.choose('cpu', 'on')
+    model = SlotAttentionAutoEncoder(ModelConfig(architecture, 16, 3, 16, 3, 8, gradient=gradient))
+    images = torch.rand(2, 3, 16, 16)
+    with place.autocast():
+        recons = model(images).recons
+    (recons.float() - images).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
 # A user's mistakes: one line, exit code 2, nothing written
 
 
