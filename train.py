@@ -316,12 +316,10 @@ class Place:
         device = torch.device(device, local_rank if device == 'cuda' else None)
         return cls(device, bfloat16, compiled, dist.get_rank(), dist.get_world_size(), control)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         # No cache of weights in bfloat16: that of torch 2.6 gives what was cast in iterations without gradient to
         # the last one too, and those weights would never learn.
-        if self.bfloat16:
-            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model as training calls it: many processes average its gradients, and --compile compiles it."""
@@ -1069,7 +1067,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> in
 def main(args: argparse.Namespace) -> int:
     """Train or score as asked; returns the exit status. A user's mistake becomes one line and a 2."""
     try:
-        place = Place.choose(args.device, args.amp, args.compile)
+        place = Place.choose(args.device, args.amp, args.compile and not args.eval)  # which has no step to compile
         args.auto = str(args.resume) == 'auto'
         if args.auto:
             with place.first():
