@@ -523,11 +523,11 @@ class Run:
 
     def __post_init__(self):
         self.prepared = self.place.prepare(self.model)
-        self.saved_at = self.clock = time.monotonic()
+        self.saved_at = time.monotonic()
         self.failed = False  # the last saving
 
     def train_epoch(self) -> None:
-        """Train to the end of the present epoch.
+        """Train to the end of the present epoch; the last point of its curves is left to validate().
 
         Raises Stopped when a signal has come, TrainingError after MAX_SKIPPED steps in a row without a
         finite gradient.
@@ -540,7 +540,7 @@ class Run:
         waiting = [
             torch.tensor(pair, device=self.place.device) for pair in progress.window
         ]  # read back every log_every steps
-        self.clock = time.monotonic()
+        self.clock, self.timed = time.monotonic(), 0  # since when, and the steps since then
         bar = tqdm(
             total=len(loader), initial=done, desc=f'epoch {progress.epochs + 1}/{args.epochs}', leave=False,
             disable=None if self.place.rank == 0 else True,
@@ -549,19 +549,19 @@ class Run:
             for position, batch in enumerate(itertools.islice(loader, done, None), done + 1):
                 waiting.append(self.train_step(batch))
                 progress.step, progress.seen = progress.step + 1, progress.seen + args.batch_size
+                self.timed += 1
                 bar.update()
-                if progress.step % args.log_every == 0 or position == len(loader):
-                    bar.set_postfix_str(self.log_window(waiting))
+                if progress.step % args.log_every == 0 and position < len(loader):
+                    bar.set_postfix_str(self.log_window(torch.stack(waiting)))
                     waiting = []
                 signal = self.place.largest(self.stop.signal or 0)  # looked at once: it may come at any moment
                 due = time.monotonic() - self.saved_at > args.save_minutes * 60
-                if signal or due:
+                if signal or due or position == len(loader):
                     progress.window = torch.stack(waiting).tolist() if waiting else []
                 if signal:
                     raise Stopped(signal)
                 if due:
                     self.save('last.pth')
-        progress.window = []
 
     def train_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One step; returns loss and gradient norm [2]. Where they are not finite, nothing else changes."""
@@ -591,23 +591,27 @@ class Run:
             optimizer.step()
         return torch.stack([loss, norm])
 
-    def log_window(self, waiting: list[Tensor]) -> str:
-        """A point of the training curves: means over the steps since the last one, as a text for the bar."""
+    def log_window(self, window: Tensor) -> str:
+        """A point of the training curves: means over the steps since the last one, as a text for the bar.
+
+        window [n, 2]: loss and gradient norm of each.
+        """
         progress, args = self.progress, self.args
-        losses, norms = torch.stack(waiting).double().cpu().T
+        losses, norms = window.double().cpu().T
         finite = torch.isfinite(losses + norms)
         lr = self.learning_rate(progress.step - 1)
         for i, good in enumerate(finite.tolist()):
             progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
             if progress.skipped_in_row == MAX_SKIPPED:
-                step = progress.step - len(waiting) + i + 1
+                step = progress.step - len(window) + i + 1
                 raise TrainingError(
                     f'{MAX_SKIPPED} steps in a row could not be taken: at step {step} the loss is {losses[i]:.3g}, the '
                     f'gradient norm {norms[i]:.3g}, the learning rate {lr:.1e}; the last checkpoint is untouched; '
                     'try a lower --lr or --clip 1.0'
                 )
-        seconds = self.tick()
-        rate = len(waiting) * args.batch_size / seconds
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        rate, self.timed = self.timed * args.batch_size / seconds, 0
+        progress.seconds += seconds
         progress.skipped += int((~finite).sum())
         progress.epoch_steps += int(finite.sum())
         progress.epoch_loss += losses[finite].sum().item()
@@ -616,24 +620,22 @@ class Run:
             self.log.add_scalar('train/grad_norm', norms[finite].mean().item(), progress.step)
         self.log.add_scalar('train/lr', lr, progress.step)
         self.log.add_scalar('train/skipped_steps', progress.skipped, progress.step)
-        self.log.add_scalar('system/images_per_second', rate, progress.step)
+        if rate:  # not where all these steps were taken before the run was stopped
+            self.log.add_scalar('system/images_per_second', rate, progress.step)
         return f'loss {losses.mean():.4f}, {rate:.0f} images/s'
 
     def learning_rate(self, step: int) -> float:
         args = self.args
         return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, self.total_steps)
 
-    def tick(self) -> float:
-        """Seconds since it was last asked, which it adds to those of the run."""
-        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        self.progress.seconds += seconds
-        return seconds
-
     def validate(self) -> dict[str, float]:
         """Validate, log and print the epoch that has just ended; returns the scores. Raises Stopped."""
-        progress, place = self.progress, self.place
-        train_loss = progress.epoch_loss / max(progress.epoch_steps, 1)
+        progress, place, begun = self.progress, self.place, time.monotonic()
         scores, figures = evaluate(self.model, self.loaders[1], place, self.stop)
+        self.clock += time.monotonic() - begun  # it measures training
+        if progress.window:  # only now: a checkpoint from before this knows of no point of this step, and replaces all
+            self.log_window(torch.tensor(progress.window))
+        train_loss = progress.epoch_loss / max(progress.epoch_steps, 1)
         for group, values in (('val', scores), ('slots', figures)):
             for name, value in values.items():
                 self.log.add_scalar(f'{group}/{name}', value, progress.step)
@@ -652,7 +654,8 @@ class Run:
             text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {figures[diagnosis]:.2f})'
             self.say(text)
             self.log.add_text('diagnosis', text, progress.step)
-        progress.epochs, progress.epoch_loss, progress.epoch_steps, progress.seen = progress.epochs + 1, 0.0, 0, 0
+        progress.epochs, progress.seen, progress.window = progress.epochs + 1, 0, []
+        progress.epoch_loss, progress.epoch_steps = 0.0, 0
         return scores
 
     def finish_epoch(self) -> dict[str, float]:
@@ -706,14 +709,14 @@ class Writer(SummaryWriter):
 class Log:
     """A Writer of the first process only, which a full disk silences but does not break.
 
-    Points of an earlier part of the run from `first_step` on are replaced.
+    Points of an earlier part of the run from `first_step` on are replaced: those that a killed one wrote
+    after its checkpoint.
     """
 
     def __init__(self, log_dir: Path, first_step: int, place: Place):
         self.log_dir, self.failed = log_dir, False
         threading.excepthook = self.excepthook
-        purge_step = first_step if first_step > 1 else None
-        self.writer = Writer(log_dir, purge_step=purge_step) if place.rank == 0 else None
+        self.writer = Writer(log_dir, purge_step=first_step) if place.rank == 0 else None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """add_scalar(), add_figure(), flush() ... of the writer."""
@@ -1040,7 +1043,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> in
         if place.rank == 0:
             stack.enter_context(locked(args.log_dir))
             open_log_dir(args.log_dir, args.resume)
-        run.log = Log(args.log_dir, progress.step + 1, place)
+        run.log = Log(args.log_dir, progress.step - len(progress.window) + 1, place)
         stack.callback(run.log.close)
         stack.enter_context(stop)
         parameters = sum(p.numel() for p in run.model.parameters())

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)  # tiny tensors: a second thread only costs; here, as module fixtures run before repeatable()
 
 
 @pytest.fixture(autouse=True)
 def repeatable():
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny tensors: a second thread only costs

@@ -75,7 +75,12 @@ def test_a_run_stopped_anywhere_continues_there(monkeypatch, capsys, straight, l
         patch.setattr(train, 'Stop', stop_at(look))
         assert run(*SMALL, '--epochs', 2, '--log_dir', 'stopped') == 128 + signal.SIGTERM
     assert 'python train.py --resume stopped/checkpoints/last.pth' in capsys.readouterr().out
-    assert run('--resume', 'stopped/checkpoints/last.pth', '--log_every', 2) == 0
+    last = Path('stopped/checkpoints/last.pth')
+    saved = last.read_bytes()
+    assert run('--resume', last, '--log_every', 2) == 0
+    assert_same_run(straight, 'stopped')
+    last.write_bytes(saved)  # as if that had been killed before it saved: its points are in the curves
+    assert run('--resume', last, '--log_every', 2) == 0
     assert_same_run(straight, 'stopped')
 
 
