@@ -116,6 +116,7 @@ DIAGNOSES = {
 }
 SETTLED = 3  # validations in a row with the same diagnosis, before it is said
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, before the run is given up
+SAFE_COMPILER = '2.10'  # for CPUs: those of PyTorch 2.6, 2.8 and 2.9 write outside of their memory, that of 2.7 fails
 
 
 class TrainingError(RuntimeError):
@@ -293,6 +294,11 @@ class Place:
             fast = any(getattr(torch.cpu, check, bool)() for check in checks)
         bfloat16 = amp == 'on' or (amp == 'auto' and fast)
         if compiled:
+            if device == 'cpu' and torch.__version__ < SAFE_COMPILER:
+                raise ConfigError(
+                    f'--compile on a CPU needs PyTorch {SAFE_COMPILER} or newer, this is {torch.__version__}: what the '
+                    'older ones compile may crash; leave it out'
+                )
             try:  # something small: it needs a C++ compiler for CPUs, Triton for GPUs, and headers for both
                 torch.compile(torch.relu)(torch.ones(1, device=device))
             except Exception as error:

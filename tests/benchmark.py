@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import create_dataset, wrap_in_loader
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder, TurnedConv
+from slot_attention import ConfigError, ModelConfig, SlotAttentionAutoEncoder, TurnedConv
 from train import RECIPES, Place, choose_pixels, create_optimizers
 
 MODEL = ('num_iterations', 'slot_init', 'gradient', 'damping')
@@ -194,7 +194,10 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=12, help='measured calls per figure (default: 12)')
     args = parser.parse_args()
     start = time.perf_counter()
-    place = Place.choose(args.device, args.amp, args.compile)
+    try:
+        place = Place.choose(args.device, args.amp, args.compile)
+    except ConfigError as error:
+        parser.error(str(error))
     print(f'{place}, torch {torch.__version__}')
     rates = steps_table(place, args.repeats)
     loaders_table(rates)

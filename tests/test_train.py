@@ -108,10 +108,19 @@ def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):
         raise RuntimeError('raised:\nno compiler\n\nwith details')
 
     monkeypatch.setattr(torch, 'compile', broken)
+    monkeypatch.setattr(train, 'SAFE_COMPILER', '2.6')
     assert run(*SMALL, '--compile') == 2
     said = capsys.readouterr().err
     assert said == 'train.py: error: --compile does not work here (raised: no compiler); leave it out\n'
     assert not Path('logs').exists()
+
+
+def test_compilers_that_write_outside_of_their_memory_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion('2.9.1+cu128'))
+    assert run(*SMALL, '--compile') == 2
+    said = capsys.readouterr().err
+    assert said.startswith('train.py: error: --compile on a CPU needs PyTorch 2.10 or newer, this is 2.9.1+cu128: ')
+    assert said.count('\n') == 1 and not Path('logs').exists()
 
 
 def test_pixels_are_every_so_many_from_any_offset_on():
