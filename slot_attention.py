@@ -413,12 +413,13 @@ class Glimpse(nn.Module):
         hats = (1 - (place[..., None, :] - self.centres[:, None]).abs()).clamp(min=0)  # [B, K, 2, BINS, w]
         x, y = hats.unbind(2)  # [B, K, BINS, w]
         attn = attn.unflatten(2, (len(axis), len(axis)))  # [B, K, h, w]
-        rows = y[:, :, :, None, :, None] * attn[:, :, None, None]  # [B, K, BINS, 1, h, w]
-        weights = (rows * x[:, :, None, :, None]).flatten(4).flatten(2, 3)  # [B, K, BINS * BINS, N]
-        seen = weights.flatten(1, 2) @ self.project(inputs)  # [B, K * BINS * BINS, CHANNELS]
-        seen = seen.unflatten(1, weights.shape[1:3])
-        covered = (y.sum(3)[..., None] * x.sum(3)[..., None, :]).flatten(2)[..., None]  # places in a bin
-        seen = torch.cat([seen, weights.sum(3, keepdim=True)], dim=3) / (covered + 0.1)
+        features = F.pad(self.project(inputs), (0, 1), value=1)  # one that is 1 gives the weight in each bin
+        features = features.unflatten(1, attn.shape[2:])  # [B, h, w, CHANNELS + 1]
+        # A hat is a product: all of a row into its bins first, then the rows, for an eighth of the work.
+        seen = torch.einsum('bkxhw,bhwc->bkhxc', x[:, :, :, None] * attn[:, :, None], features)
+        seen = torch.einsum('bkyh,bkhxc->bkyxc', y, seen)  # [B, K, BINS, BINS, CHANNELS + 1]
+        covered = y.sum(3)[:, :, :, None] * x.sum(3)[:, :, None]  # places in a bin
+        seen = seen / (covered[..., None] + 0.1)
         return self.mlp(self.norm(torch.cat([slots, self.bins(seen.flatten(2))], dim=2)))
 
 
@@ -565,7 +566,8 @@ class ImplicitDecoder(nn.Module):
         # A half-plane is a sum of a function of x and one of y: cheaper than a product per pixel.
         along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, U, w]
         along_y = inner[:, :, 1:2] * y  # [M, U, h]
-        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).relu_().flatten(2)  # [M, U, h * w]
+        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(outer.dtype)  # rounded before: half to read
+        hidden = hidden.relu_().flatten(2)  # [M, U, h * w]
         decoded = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 4, h * w]
         return decoded.unflatten(2, (y.shape[2], x.shape[2]))
 

@@ -279,11 +279,13 @@ def test_configurations_that_make_no_model_are_refused(changes, message):
         ModelConfig(**changes)
 
 
-def test_the_implicit_decoder_is_a_network_per_pixel():
+@pytest.mark.parametrize(('bfloat16', 'tolerance'), [(False, 1e-5), (True, 0.02)])
+def test_the_implicit_decoder_is_a_network_per_pixel(bfloat16, tolerance):
     decoder = ImplicitDecoder(resolution=10, slot_dim=6, channels=8)
     slots = torch.randn(2, 6)
     slots[:, 2] = 0.3  # sizes are positive
-    image, units = decoder(slots), decoder.UNITS
+    with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+        image, units = decoder(slots).float(), decoder.UNITS
     x, y, size = slots[1, :3]
     code = torch.cat([x[None], y[None], size.log()[None], slots[1, 3:]])
     inner, outer = decoder.hyper(code).split([3 * units, 4 * (units + 1)])
@@ -294,7 +296,7 @@ def test_the_implicit_decoder_is_a_network_per_pixel():
     outer = outer.view(4, units + 1)
     pixel = outer[:, :-1] @ hidden / units**0.5 + outer[:, -1]
     assert image.shape == (2, 4, 10, 10)
-    assert torch.allclose(image[1, :, row, column], pixel, atol=1e-5)
+    assert torch.allclose(image[1, :, row, column], pixel, atol=tolerance)
 
 
 def test_a_frame_is_the_place_and_the_size_of_what_a_slot_attends_to():
