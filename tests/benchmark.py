@@ -5,8 +5,8 @@
     python tests/benchmark.py --device cuda
 
 Run by hand, not collected by pytest. All rows are measured in one process, plain and ours in turns;
-figures are medians of the repeats. FLOP are those of convolutions and matrix products, counted by
-torch.utils.flop_counter, forward and backward.
+figures are medians of the repeats, the peak is the fastest. FLOP are those of convolutions and matrix
+products, counted by torch.utils.flop_counter, forward and backward.
 """
 
 import argparse
@@ -92,8 +92,8 @@ class Step:
         return counter.get_total_flops()
 
 
-def seconds(calls: list, place: Place, repeats: int) -> list[float]:
-    """Median duration of each call; they take turns, so that a busy machine slows them alike."""
+def seconds(calls: list, place: Place, repeats: int, of=statistics.median) -> list[float]:
+    """Median (or another figure) `of` each call's durations; they take turns: a busy machine slows them alike."""
     times = [[] for _ in calls]
     for repeat in range(repeats + 1):
         for call, kept in zip(calls, times, strict=True):
@@ -103,14 +103,14 @@ def seconds(calls: list, place: Place, repeats: int) -> list[float]:
                 torch.cuda.synchronize()
             if repeat:  # the first round warms up
                 kept.append(time.perf_counter() - start)
-    return [statistics.median(kept) for kept in times]
+    return [of(kept) for kept in times]
 
 
 def peak(dtype: torch.dtype, place: Place) -> float:
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of a large matrix product, at its fastest: what can be had where nothing else disturbs."""
     n = 2048 if place.device.type == 'cpu' else 8192
     a = torch.rand(n, n, device=place.device).to(dtype)
-    return 2 * n**3 / seconds([lambda: a @ a], place, 5)[0]
+    return 2 * n**3 / seconds([lambda: a @ a], place, 20, of=min)[0]
 
 
 def memory(place: Place) -> float:
@@ -176,14 +176,15 @@ def growth_table(place: Place, repeats: int) -> None:
         ).items()
         for value in values
     ]
-    base = None
+    steps = []
     for changes in cases:
         flags = default | changes
         batch_size, resolution = flags.pop('batch_size'), flags.pop('resolution')
-        (duration,) = seconds([Step(config_of('fast', resolution, **flags), batch_size, place)], place, repeats)
-        base = base or duration
+        steps.append(Step(config_of('fast', resolution, **flags), batch_size, place))
+    durations = seconds(steps, place, repeats)
+    for changes, duration in zip(cases, durations, strict=True):
         name = ', '.join(f'{k} {v}' for k, v in changes.items()) or 'default'
-        print(f'{name:24}{1000 * duration:10.1f}{duration / base:10.2f}', flush=True)
+        print(f'{name:24}{1000 * duration:10.1f}{duration / durations[0]:10.2f}', flush=True)
 
 
 def main() -> None:
@@ -201,7 +202,7 @@ def main() -> None:
     print(f'{place}, torch {torch.__version__}')
     rates = steps_table(place, args.repeats)
     loaders_table(rates)
-    growth_table(dataclasses.replace(place, compiled=False), max(args.repeats // 2, 2))
+    growth_table(dataclasses.replace(place, compiled=False), args.repeats)
     print(f'\n{time.perf_counter() - start:.0f} s')
 
 
