@@ -264,9 +264,10 @@ def save_gif(figures: Iterable[Figure], save_path: str | os.PathLike, millisecon
         canvas = FigureCanvasAgg(fig)
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
-    # One palette for all, without dithering: a colour stays what it is, and flat areas small.
+    # One palette for all, without dithering: a colour stays what it is, and flat areas small. It covers rare colours
+    # too; kmeans then moves it to where most pixels are, or the grey of a background would not be in it.
     some = np.concatenate(frames[:: max(1, len(frames) // 8)] + frames[-1:])
-    palette = Image.fromarray(some).quantize(256, Image.Quantize.MAXCOVERAGE)
+    palette = Image.fromarray(some).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
     frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
     frames[0].save(save_path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -291,6 +292,12 @@ def match_slots(masks: Tensor, others: Tensor) -> Tensor:
         iou = both / (ours.sum(1)[:, None] + theirs.sum(1) - both + 1e-8)
         orders.append(torch.from_numpy(linear_sum_assignment(iou, maximize=True)[1]))
     return torch.stack(orders)
+
+
+def in_order_of(like: Tensor, masks: Tensor, rgbs: Tensor) -> tuple[Tensor, Tensor]:
+    """masks [B, K, 1, H, W] and rgbs [B, K, 3, H, W] with slots in the order of those in `like`, other masks."""
+    orders = match_slots(like, masks).to(masks.device)[:, :, None, None, None]
+    return masks.take_along_dim(orders, 1), rgbs.take_along_dim(orders, 1)
 
 
 def remove(slots: Tensor, k: int) -> Tensor:
@@ -624,14 +631,19 @@ def render_attention_gifs(job: Job) -> list[Path]:
 
 
 def render_emergence(jobs: Iterable[tuple[int, Job]]) -> list[Path]:
-    """A GIF of the same images at every step for which there is a checkpoint."""
+    """A GIF of the same images at every step for which there is a checkpoint.
+
+    A slot has the number that it has in the last frame, where objects are most apart.
+    """
 
     def frame(step: int, job: Job) -> Figure:
         recons, masks, _, _, rgbs = job.see(batch['image'])
+        masks, rgbs = in_order_of(last, masks, rgbs)
         return visualize_slots(batch['image'], recons, masks, None, rgbs, batch.get('mask'), f'step {step:,}')
 
     jobs = sorted(jobs, key=lambda pair: pair[0])
     batch = jobs[-1][1].images()
+    last = jobs[-1][1].see(batch['image'])[1]
     path = jobs[-1][1].path('emergence.gif')
     save_gif((frame(step, job) for step, job in jobs), path)
     return [path]
@@ -647,8 +659,7 @@ def render_frames(job: Job) -> list[Path]:
         images = read_pictures([name], job.model.config.resolution)['image']
         recons, masks, _, _, rgbs = job.see(images)
         if before is not None:
-            order = match_slots(before, masks)[0]
-            masks, rgbs = masks[:, order], rgbs[:, order]
+            masks, rgbs = in_order_of(before, masks, rgbs)
         before = masks
         figures.append(visualize_slots(images, recons, masks, None, rgbs, title=f'frame {number + 1}'))
     path = job.path('frames.gif')

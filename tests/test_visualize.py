@@ -198,6 +198,17 @@ def test_frames_that_are_alike_are_kept():
     assert sum(durations) == 500
 
 
+def test_a_gif_keeps_the_colour_of_flat_areas():
+    """However many colours there are besides: a grey background is grey."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    pixels[16:, :] = 207
+    fig = Figure(figsize=(1, 1), dpi=64)
+    fig.figimage(pixels)
+    visualize.save_gif([fig], 'grey.gif')
+    with Image.open('grey.gif') as gif:
+        assert np.abs(np.asarray(gif.convert('RGB'))[20:60, 4:60].astype(int) - 207).max() <= 1
+
+
 # Slots as handles
 
 
@@ -212,6 +223,15 @@ def test_matching_recovers_a_permutation(order):
     assert (again - masks).abs().max() < 0.2
     with pytest.raises(ValueError, match='cannot be matched'):
         visualize.match_slots(masks, noisy[:, :3])
+
+
+def test_slots_are_put_in_the_order_of_others():
+    """Each image's by its own: how they are permuted may differ within a batch."""
+    masks, rgbs = torch.randn(2, 4, 1, 16, 16).mul(3).softmax(1), torch.rand(2, 4, 3, 16, 16)
+    orders = torch.tensor([[2, 0, 3, 1], [3, 1, 0, 2]])[:, :, None, None, None]
+    mixed = masks.take_along_dim(orders, 1), rgbs.take_along_dim(orders, 1)
+    for mended, right in zip(visualize.in_order_of(masks, *mixed), (masks, rgbs), strict=True):
+        torch.testing.assert_close(mended, right, rtol=0, atol=0)
 
 
 def small_model(**changes):
