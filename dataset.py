@@ -670,6 +670,20 @@ class PreparedDataset(ImagesInMemory):
         return self.__dict__ | {'file': None, 'owner': None}
 
 
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All pictures below a folder, sorted, without the labels beside them: NAME_mask.png."""
+    files = (path for path in folder.rglob('*') if path.suffix.lower() in PICTURES and path.is_file())
+    return sorted(path for path in files if not path.stem.endswith('_mask'))
+
+
+def read_picture(path: Path, resolution: int) -> np.ndarray:
+    """A picture of any size, cropped at the centre and resized: uint8 [R, R, 3]. Raises DataError."""
+    return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
+
+
 class PictureFolder(ImagesInMemory):
     """All pictures below a folder, cropped at the centre and resized; labels from NAME_mask.png beside them.
 
@@ -678,16 +692,13 @@ class PictureFolder(ImagesInMemory):
     Raises DataError for a folder with fewer than three pictures, and for one that does not fit in memory.
     """
 
-    ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
-
     def __init__(self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128):
         folder = Path(folder)
         if not folder.is_dir():
             raise DataError(f'no folder {folder}; --data_dir names the folder of the pictures')
-        names = sorted(path for path in folder.rglob('*') if path.suffix.lower() in self.ENDINGS and path.is_file())
-        names = [path for path in names if not path.stem.endswith('_mask')]
+        names = find_pictures(folder)
         if len(names) < 3:
-            raise DataError(f'{folder} holds {len(names)} pictures ({", ".join(self.ENDINGS)}); at least 3 are needed')
+            raise DataError(f'{folder} holds {len(names)} pictures ({", ".join(PICTURES)}); at least 3 are needed')
         shuffled = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
         tenth = max(1, len(names) // 10)
         parts = {'val': shuffled[:tenth], 'test': shuffled[tenth : 2 * tenth], 'train': shuffled[2 * tenth :]}
@@ -711,22 +722,18 @@ class PictureFolder(ImagesInMemory):
             self.labels = np.stack([empty if labels is None else labels for _, labels in found])
 
     def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
-        size = (self.resolution, self.resolution)
         mask = path.with_name(path.stem + '_mask.png')
         try:
-            image = np.asarray(ImageOps.fit(open_picture(path), size, Image.Resampling.BILINEAR))
-            if not mask.is_file():
-                return image, None
-            return image, self._read_mask(mask, size)
+            image = read_picture(path, self.resolution)
+            return image, self._read_mask(mask) if mask.is_file() else None
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
             return None
 
-    @staticmethod
-    def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    def _read_mask(self, path: Path) -> np.ndarray:
         try:
             with Image.open(path) as file:
-                labels = np.asarray(ImageOps.fit(file, size, Image.Resampling.NEAREST))
+                labels = np.asarray(ImageOps.fit(file, (self.resolution, self.resolution), Image.Resampling.NEAREST))
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f'{path} cannot be read as a mask ({type(error).__name__})') from error
         if labels.ndim != 2 or labels.max() > 255:

@@ -22,7 +22,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +33,12 @@ from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dataset import VARIANTS, DataError, create_dataset, open_picture, to_batch
+from dataset import VARIANTS, DataError, create_dataset, find_pictures, read_picture, to_batch
 from slot_attention import (
     CheckpointError,
     ConfigError,
@@ -567,12 +567,16 @@ class Job(NamedTuple):
     data: dict
     args: argparse.Namespace
 
-    def images(self, number: int | None = None) -> dict[str, Tensor]:
+    def images(self) -> dict[str, Tensor]:
         """--image, or validation images of the data that the model was trained on."""
         if self.args.image:
-            return read_pictures(self.args.image, self.model.config.resolution)
-        dataset = create_dataset(split='val', size=number or self.args.num_images, **self.data)
+            return self.read(self.args.image)
+        dataset = create_dataset(split='val', size=self.args.num_images, **self.data)
         return dataset.__getitems__(list(range(len(dataset))))
+
+    def read(self, paths: Iterable[Path]) -> dict[str, Tensor]:
+        """Pictures of any size as a batch of the model's resolution. Raises DataError."""
+        return to_batch(np.stack([read_picture(path, self.model.config.resolution) for path in paths]))
 
     def see(self, images: Tensor):
         """The model's output for images [B, 3, H, W], and the colours of its slots."""
@@ -586,13 +590,6 @@ class Job(NamedTuple):
         """A file of the output folder, in the format asked for unless the name has an ending."""
         self.args.output_dir.mkdir(parents=True, exist_ok=True)
         return self.args.output_dir / (name if Path(name).suffix else f'{name}.{self.args.format}')
-
-
-def read_pictures(paths: Iterable[Path], resolution: int) -> dict[str, Tensor]:
-    """Pictures of any size as a batch, cropped at the centre. Raises DataError."""
-    size = (resolution, resolution)
-    pictures = [ImageOps.fit(open_picture(path), size, Image.Resampling.BILINEAR) for path in paths]
-    return to_batch(np.stack([np.asarray(picture) for picture in pictures]))
 
 
 def render(job: Job) -> list[Path]:
@@ -651,12 +648,12 @@ def render_emergence(jobs: Iterable[tuple[int, Job]]) -> list[Path]:
 
 def render_frames(job: Job) -> list[Path]:
     """A GIF of a folder of pictures in the order of their names; a slot keeps its number from frame to frame."""
-    names = sorted(p for p in job.args.frames.glob('*') if p.suffix.lower() in ('.png', '.jpg', '.jpeg', '.bmp'))
+    names = find_pictures(job.args.frames)
     if not names:
         raise DataError(f'{job.args.frames} holds no pictures')
     figures, before = [], None
     for number, name in enumerate(names):
-        images = read_pictures([name], job.model.config.resolution)['image']
+        images = job.read([name])['image']
         recons, masks, _, _, rgbs = job.see(images)
         if before is not None:
             masks, rgbs = in_order_of(before, masks, rgbs)
@@ -769,14 +766,11 @@ def render_as_asked(args: argparse.Namespace) -> list[Path]:
     if path is not None:
         print(f'rendering {path}')
     job = open_job(path, args)[1]
-    mode: Callable[[Job], list[Path]] = render
-    for asked, function in (
+    modes = (
         (args.edit, render_edits), (args.gif, render_attention_gifs), (args.frames, render_frames),
-        (args.sweep, render_sweep),
-    ):  # fmt: skip
-        if asked:
-            mode = function
-    return mode(job)
+        (args.sweep, render_sweep), (True, render),
+    )  # fmt: skip
+    return next(mode for asked, mode in modes if asked)(job)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -363,7 +363,8 @@ def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
     for n in range(4):
         picture = np.full((16, 16, 3), 90, np.uint8)
         picture[4:8, n : n + 5], picture[10:14, 9 - n : 14 - n] = (255, 0, 0), (0, 0, 255)
-        Image.fromarray(picture).save(f'frames/{n:03d}.png')
+        Image.fromarray(picture).save(f'frames/{n:03d}.{"png" if n else "tif"}')
+    Image.new('L', (16, 16)).save('frames/001_mask.png')  # the labels of a picture are none
 
     def see(job, images):
         red, blue = images[:, 0] > 0.5, images[:, 2] > 0.5
