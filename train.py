@@ -543,9 +543,8 @@ class Run:
         self.total_steps = progress.step - done + (args.epochs - progress.epochs) * len(loader)
         loader.sampler.set_epoch(progress.epochs)
         self.model.train()
-        waiting = [
-            torch.tensor(pair, device=self.place.device) for pair in progress.window
-        ]  # read back every log_every steps
+        # Of the steps since the last point of the curves, on the device: read back every log_every steps.
+        waiting = [torch.tensor(pair, device=self.place.device) for pair in progress.window]
         self.clock, self.timed = time.monotonic(), 0  # since when, and the steps since then
         bar = tqdm(
             total=len(loader), initial=done, desc=f'epoch {progress.epochs + 1}/{args.epochs}', leave=False,
