@@ -1,4 +1,4 @@
-"""Tests run from any folder, on one thread, and draw the same random numbers each time."""
+"""Tests run in an empty folder each, on one thread, and draw the same random numbers each time."""
 
 import sys
 from pathlib import Path
@@ -11,5 +11,6 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only costs; here, as m
 
 
 @pytest.fixture(autouse=True)
-def repeatable():
+def repeatable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -168,8 +168,7 @@ def test_preview_writes_a_sheet_and_counts_objects(tmp_path, capsys):
 @pytest.mark.parametrize(
     'flags', [['--dataset', 'images'], ['--min_objects', '7'], ['--output', 'no/such/folder/sheet.png']]
 )
-def test_preview_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.chdir(tmp_path)
+def test_preview_refuses_in_one_line(capsys, flags):
     assert dataset.main(dataset.parse_args(['--num_images', '32', *flags])) == 2
     error = capsys.readouterr().err
     assert error.startswith('dataset.py: error: ') and error.count('\n') == 1

@@ -27,8 +27,7 @@ settings.load_profile('tests')
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def without_figures(monkeypatch):
     monkeypatch.setattr(train, 'log_figures', lambda *args: None)
 
 

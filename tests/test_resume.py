@@ -21,8 +21,7 @@ LAST = Path('logs/checkpoints/last.pth')
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def without_figures(monkeypatch):
     monkeypatch.setattr(threading, 'excepthook', threading.excepthook)  # restored after each test
     monkeypatch.setattr(train, 'log_figures', lambda *args: None)  # most of the time, and not what is tested here
 

@@ -448,8 +448,7 @@ class RunsCode:
 
 
 @pytest.mark.parametrize('damage', ['missing', 'empty', 'truncated', 'text', 'foreign', 'code', 'config', 'weights'])
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, damage):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage):
     path = tmp_path / 'a.pth'
     save_checkpoint(path, small_model(), step=1)
     whole = path.read_bytes()

@@ -21,11 +21,6 @@ from dataset import DataError, PictureFolder, PreparedDataset, create_dataloader
 SAMPLE = Path(__file__).resolve().parents[2] / 'shared' / 'clevr_sample'
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 # A writer of its own: nothing here is shared with the reader.
 
 

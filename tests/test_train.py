@@ -17,11 +17,6 @@ import train
 from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_checkpoint, save_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def test_learning_rate_warms_up_and_halves():
     def rate(step):
         return train.learning_rate(step, lr=1e-3, warmup_steps=10, decay_steps=100)

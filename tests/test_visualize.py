@@ -22,8 +22,7 @@ from visualize import visualize_attention_evolution, visualize_slot_decompositio
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def without_a_screen(monkeypatch):
     monkeypatch.delenv('DISPLAY', raising=False)
 
 
