@@ -25,66 +25,66 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import create_dataset, wrap_in_loader
-from slot_attention import ConfigError, ModelConfig, SlotAttentionAutoEncoder, TurnedConv
-from train import RECIPES, Place, choose_pixels, create_optimizers
-
-MODEL = ('num_iterations', 'slot_init', 'gradient', 'damping')
-
-
-def config_of(architecture: str, resolution: int, **changes) -> ModelConfig:
-    """The model that train.py makes by default."""
-    recipe = {name: RECIPES[architecture][name] for name in MODEL}
-    hidden_dim = 32 if architecture == 'paper' and resolution <= 64 else 64  # Tables 5 and 7
-    return ModelConfig(
-        **{'architecture': architecture, 'resolution': resolution, 'hidden_dim': hidden_dim} | recipe | changes
-    )
+from slot_attention import (
+    ConfigError,
+    ModelConfig,
+    SlotAttentionAutoEncoder,
+    decode_partial,
+    prune_and_reseed,
+    refine,
+)
+from train import MODEL_FLAGS, DistributedContext, ReconstructionLoss, choose_pixels, create_optimizers, parse_args
 
 
 class Step:
-    """A training step: __call__() does one.
+    """A training step of train.py with these flags: __call__() does one.
 
-    `plain`: float32, channels first, unfused Adam, every pixel, and every layer of the decoder as it is written.
+    `plain`: float32, channels first, unfused Adam, every pixel, and the decoder as it is written in the paper's part.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, place: Place, plain: bool = False):
+    def __init__(self, flags: dict, batch_size: int, context: DistributedContext, plain: bool = False):
         torch.manual_seed(0)
-        self.place = place = Place(place.device, False) if plain else place
-        layout = torch.contiguous_format if plain else torch.channels_last
-        self.model = SlotAttentionAutoEncoder(config).to(place.device, memory_format=layout)
-        recipe = RECIPES[config.architecture]
+        args = parse_args([f'--{name}={value}' for name, value in flags.items()])
+        self.num_slots = args.num_slots
+        self.context = context = DistributedContext(context.device, False) if plain else context
+        model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+        self.model = model = model.to(context.device) if plain else context.place(model)
         if plain:
-            decoder = self.model.decoder
-            for layer in self.model.modules():
-                if isinstance(layer, TurnedConv):
-                    layer.__class__ = torch.nn.ConvTranspose2d
-                elif isinstance(layer, torch.nn.ReLU):
-                    layer.inplace = False
-            decoder.first = lambda slots: decoder.conv[0](decoder.position(slots))  # ImplicitDecoder has no use for it
-            self.optimizers = [torch.optim.Adam(self.model.parameters(), fused=False, foreach=False)]
+            self.optimizers = [torch.optim.Adam(model.parameters(), fused=False, foreach=False)]
         else:
-            self.optimizers = create_optimizers(self.model, recipe['optimizer'])
+            self.optimizers = create_optimizers(model, args.optimizer)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group['lr'] = 1e-4
-        stride = 1 if plain else recipe['pixel_stride']
-        self.pixels = choose_pixels(np.random.default_rng(0), config.resolution, stride, place.device)
-        self.prepared = place.prepare(self.model)
-        images = torch.rand(batch_size, 3, config.resolution, config.resolution, device=place.device)
-        self.images = (images * 2 - 1).contiguous(memory_format=layout)
+        stride = 1 if plain else args.pixel_stride
+        self.pixels = choose_pixels(np.random.default_rng(0), args.resolution, stride, context.device)
+        self.loss = context.wrap(ReconstructionLoss(model))
+        images = torch.rand(batch_size, 3, args.resolution, args.resolution, device=context.device) * 2 - 1
+        layout = torch.contiguous_format if plain else torch.channels_last
+        self.images = images.contiguous(memory_format=layout)
+
+    def initial_slots(self) -> torch.Tensor:
+        return self.model.slot_attention.initial_slots(len(self.images), self.num_slots)
 
     def __call__(self) -> None:
-        slots = self.model.slot_attention.initial_slots(len(self.images), self.model.config.num_slots)
-        with self.place.autocast():
-            recons = self.prepared(self.images, self.pixels, slots=slots).recons
-        rows, columns = self.pixels
-        F.mse_loss(recons.float(), self.images[:, :, rows][..., columns]).backward()
+        with self.context.autocast():
+            loss = self.loss(self.images, self.initial_slots(), self.pixels)
+        loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def forward(self) -> None:
-        with self.place.autocast():
+        with self.context.autocast():
             self.model(self.images)
+
+    @torch.no_grad()
+    def search(self) -> None:
+        """prune_and_reseed, refine and decode, as --eval --search does."""
+        with self.context.autocast():
+            slots, slot_mask = prune_and_reseed(self.model, self.images, self.initial_slots())
+            slots = refine(self.model, self.images, slots, slot_mask)
+            decode_partial(self.model, slots, slot_mask=slot_mask)
 
     def flop(self) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -92,61 +92,61 @@ class Step:
         return counter.get_total_flops()
 
 
-def seconds(calls: list, place: Place, repeats: int, of=statistics.median) -> list[float]:
+def seconds(calls: list, context: DistributedContext, repeats: int, of=statistics.median) -> list[float]:
     """Median (or another figure) `of` each call's durations; they take turns: a busy machine slows them alike."""
     times = [[] for _ in calls]
     for repeat in range(repeats + 1):
         for call, kept in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
-            if place.device.type == 'cuda':
+            if context.device.type == 'cuda':
                 torch.cuda.synchronize()
             if repeat:  # the first round warms up
                 kept.append(time.perf_counter() - start)
     return [of(kept) for kept in times]
 
 
-def peak(dtype: torch.dtype, place: Place) -> float:
+def peak(dtype: torch.dtype, context: DistributedContext) -> float:
     """FLOP/s of a large matrix product, at its fastest: what can be had where nothing else disturbs."""
-    n = 2048 if place.device.type == 'cpu' else 8192
-    a = torch.rand(n, n, device=place.device).to(dtype)
-    return 2 * n**3 / seconds([lambda: a @ a], place, 20, of=min)[0]
+    n = 2048 if context.device.type == 'cpu' else 8192
+    a = torch.rand(n, n, device=context.device).to(dtype)
+    return 2 * n**3 / seconds([lambda: a @ a], context, 20, of=min)[0]
 
 
-def memory(place: Place) -> float:
+def memory(context: DistributedContext) -> float:
     """Most memory used so far, GB: of the process, or allocated on the GPU."""
-    if place.device.type == 'cuda':
+    if context.device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e9
     scale = 1e9 if sys.platform == 'darwin' else 1e6  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def steps_table(place: Place, repeats: int) -> dict[str, float]:
+def steps_table(context: DistributedContext, repeats: int) -> dict[str, float]:
     """Rows of architecture x resolution: ours, plain, forward alone, compiled. Returns images/s of ours."""
-    eager = dataclasses.replace(place, compiled=False)
-    dtype = torch.bfloat16 if place.bfloat16 else torch.float32
-    peaks = {dtype: peak(dtype, place), torch.float32: peak(torch.float32, place)}
+    eager = dataclasses.replace(context, compiled=False)
+    dtype = torch.bfloat16 if context.bfloat16 else torch.float32
+    peaks = {dtype: peak(dtype, context), torch.float32: peak(torch.float32, context)}
     for name, value in peaks.items():
         print(f'matrix product peak, {str(name).removeprefix("torch.")}: {value / 1e9:,.0f} GFLOP/s')
     print(
         f'\n{"step":24}{"images/s":>10}{"GFLOP/s":>10}{"of peak":>9}{"plain":>9}{"ratio":>7}{"forward":>9}{"memory":>9}'
-        + (f'{"compiled":>11}{"ratio":>7}' if place.compiled else '')
+        + (f'{"compiled":>11}{"ratio":>7}' if context.compiled else '')
     )
     rates = {}
-    on_gpu = place.device.type == 'cuda'
+    on_gpu = context.device.type == 'cuda'
     for architecture, resolution, batch in (('fast', 64, 16), ('paper', 64, 4), ('paper', 128, 2)):
         batch *= 16 if on_gpu else 1
-        config = config_of(architecture, resolution)
-        ours, plain = Step(config, batch, eager), Step(config, batch, eager, plain=True)
-        calls = [ours, plain, ours.forward] + ([Step(config, batch, place)] if place.compiled else [])
-        times = seconds(calls, place, repeats if architecture == 'fast' else max(repeats // 4, 3))
+        flags = dict(architecture=architecture, resolution=resolution)
+        ours, plain = Step(flags, batch, eager), Step(flags, batch, eager, plain=True)
+        calls = [ours, plain, ours.forward] + ([Step(flags, batch, context)] if context.compiled else [])
+        times = seconds(calls, context, repeats if architecture == 'fast' else max(repeats // 4, 3))
         rate, plain_rate, forward_rate, *compiled_rate = (batch / t for t in times)
         speed = ours.flop() / times[0]
         rates[f'{architecture} {resolution}'] = rate
         print(
             f'{f"{architecture} {resolution}x{resolution}, batch {batch}":24}{rate:10.1f}{speed / 1e9:10.0f}'
             f'{speed / peaks[dtype]:9.0%}{plain_rate:9.1f}{rate / plain_rate:7.2f}{forward_rate:9.1f}'
-            f'{memory(place):6.1f} GB' + ''.join(f'{r:11.1f}{r / plain_rate:7.2f}' for r in compiled_rate),
+            f'{memory(context):6.1f} GB' + ''.join(f'{r:11.1f}{r / plain_rate:7.2f}' for r in compiled_rate),
             flush=True,
         )
     print(f'fast is {rates["fast 64"] / rates["paper 64"]:.1f} times as fast as paper at 64x64')
@@ -165,23 +165,26 @@ def loaders_table(rates: dict[str, float]) -> None:
         print(f'{f"shapes {resolution}x{resolution}":24}{rate:10,.0f}{rate / rates[step]:8.0f}x', flush=True)
 
 
-def growth_table(place: Place, repeats: int) -> None:
-    """Cost of a step of `fast` as one thing at a time grows, relative to the default."""
-    default = dict(resolution=64, batch_size=16, num_slots=7, num_iterations=RECIPES['fast']['num_iterations'])
+def inference_table(context: DistributedContext, repeats: int) -> None:
+    """Images/s of the network alone, and with the search on top, of `fast` at 64x64."""
+    step = Step({}, 16, context)
+    step.model.eval()
+    network, search = (16 / t for t in seconds([step.forward, step.search], context, max(repeats // 2, 3)))
+    print(
+        f'\n{"inference, fast 64x64":24}{"images/s":>10}\n{"network":24}{network:10.0f}\n{"with search":24}{search:10.0f}'
+    )
+
+
+def growth_table(context: DistributedContext, repeats: int) -> None:
+    """Time of a step of `fast` as one thing at a time changes, relative to the default."""
     print(f'\n{"fast, one thing changed":24}{"ms/step":>10}{"relative":>10}')
-    cases = [{}] + [
-        {name: value}
-        for name, values in dict(
-            num_slots=(4, 11), num_iterations=(1, 4, 16), resolution=(32, 128), batch_size=(4, 64)
-        ).items()
-        for value in values
+    grid = dict(num_slots=(4, 11), num_iterations=(1, 4, 16), resolution=(32, 128), batch_size=(4, 64))
+    cases = [{}] + [{name: value} for name, values in grid.items() for value in values]
+    steps = [
+        Step({k: v for k, v in case.items() if k != 'batch_size'}, case.get('batch_size', 16), context)
+        for case in cases
     ]
-    steps = []
-    for changes in cases:
-        flags = default | changes
-        batch_size, resolution = flags.pop('batch_size'), flags.pop('resolution')
-        steps.append(Step(config_of('fast', resolution, **flags), batch_size, place))
-    durations = seconds(steps, place, repeats)
+    durations = seconds(steps, context, repeats)
     for changes, duration in zip(cases, durations, strict=True):
         name = ', '.join(f'{k} {v}' for k, v in changes.items()) or 'default'
         print(f'{name:24}{1000 * duration:10.1f}{duration / durations[0]:10.2f}', flush=True)
@@ -196,13 +199,15 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     try:
-        place = Place.choose(args.device, args.amp, args.compile)
+        context = DistributedContext.create(args.device, args.amp, args.compile)
     except ConfigError as error:
         parser.error(str(error))
-    print(f'{place}, torch {torch.__version__}')
+    print(f'{context}, torch {torch.__version__}')
     rates = steps_table(place, args.repeats)
     loaders_table(rates)
-    growth_table(dataclasses.replace(place, compiled=False), args.repeats)
+    eager = dataclasses.replace(context, compiled=False)
+    inference_table(eager, args.repeats)
+    growth_table(eager, args.repeats)
     print(f'\n{time.perf_counter() - start:.0f} s')
 
 

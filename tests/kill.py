@@ -1,4 +1,4 @@
-"""Kill a run at random moments, over and over, and compare what it comes to with a run left in peace.
+"""Kills a run at random moments, again and again, and compares its result with that of an undisturbed run.
 
     python tests/kill.py                    # 20 kills, some minutes
 

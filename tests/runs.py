@@ -1,4 +1,4 @@
-"""Small runs of train.py, in the present folder, and what they leave behind."""
+"""Small runs of train.py in the current folder, and comparisons of what they write."""
 
 from pathlib import Path
 
@@ -11,12 +11,16 @@ from slot_attention import load_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     '--resolution 16 --hidden_dim 8 --slot_dim 16 --num_slots 3 --max_objects 2 --min_objects 1 --train_size 48 '
-    '--val_size 16 --batch_size 8 --log_every 2 --warmup_steps 4 --device cpu'
+    '--val_size 16 --batch_size 8 --log_every 2 --val_every 1 --warmup_steps 4 --device cpu'
 ).split()
 
 
 def run(*flags) -> int:
-    return train.main(train.parse_args([str(flag) for flag in flags]))
+    """The exit status of train.py with these flags."""
+    try:
+        return train.main(train.parse_args([str(flag) for flag in flags]))
+    except SystemExit as exit:
+        return exit.code
 
 
 def scalars(folder, tag) -> dict[int, float]:
@@ -36,7 +40,7 @@ def same(a, b) -> bool:
 
 
 def assert_same_run(a, b) -> None:
-    """Two folders of runs hold the same weights, optimiser state, progress and training curves."""
+    """Asserts that two runs have the same weights, optimiser state, progress and training curves."""
     first, second = (load_checkpoint(Path(folder) / 'checkpoints/last.pth') for folder in (a, b))
     assert same(first['model'], second['model'])
     assert same(first['training']['optimizers'], second['training']['optimizers'])

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import slot_attention
 from slot_attention import (
+    FRAME,
+    AcceleratedBroadcastDecoder,
     CheckpointError,
     ConfigError,
     FramedSlotAttention,
@@ -19,16 +22,20 @@ from slot_attention import (
     SlotAttention,
     SlotAttentionAutoEncoder,
     adjusted_rand_index,
+    coord_grid,
+    decode_partial,
     fg_ari,
-    is_empty,
     load_checkpoint,
     load_model,
-    place_centres,
+    prune_and_reseed,
+    reconstruction_error,
+    refine,
     save_checkpoint,
     segmentation_scores,
 )
 
-MODES = list(itertools.product(('gaussian', 'learned'), ('full', 'first_order')))
+GRADIENTS = ('full', 'first_order')
+ARCHITECTURES = ('fast', 'paper')
 
 
 def small_model(**changes):
@@ -89,57 +96,68 @@ def test_permuting_slots_permutes_outputs_and_permuting_inputs_changes_nothing()
 
 
 def test_attention_of_every_iteration_sums_to_one_over_the_slots():
-    _, attn = module()(torch.randn(2, 9, 12).double(), num_slots=6, num_iterations=5)
+    _, attn = module()(torch.randn(2, 9, 12).double(), torch.randn(2, 6, 8).double(), num_iterations=5)
     assert attn.shape == (2, 5, 6, 9)
     assert torch.allclose(attn.sum(2), torch.ones(2, 5, 9).double())
     assert not torch.allclose(attn[:, 0], attn[:, 4])
 
 
 def test_damping_leaves_alone_what_wins_little_and_hardly_touches_what_wins_much():
-    sa = module(damping=0.5)
-    start = torch.randn(1, 4, 8).double()
-    k, v = torch.zeros(1, 10, 8).double(), torch.randn(1, 10, 8).double()
+    sa = FramedSlotAttention(12, 3, 4, 8, damping=0.5).double()
+    torch.nn.init.zeros_(sa.project_k.weight)
+    sa.locality_bias.data.fill_(-math.inf)  # equal logits: every slot wins 9 / 4 inputs
+    inputs, start = torch.randn(1, 9, 12).double(), torch.randn(1, 4, 8).double()
+    mean = sa.project_v(inputs).mean(1)
     received = []
     sa.gru.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    _, attn = sa.step(start, k, v)  # equal logits: every slot wins 10 / 4 inputs
+    _, attn = sa.iterate(inputs, start, num_iterations=1)
     assert torch.allclose(attn, torch.full_like(attn, 1 / 4))
-    assert torch.allclose(received[0], v.mean(1).expand(4, 8) * 2.5 / (2.5 + 0.5 * 10))
+    assert torch.allclose(received[0], mean.expand(4, 8) * 2.25 / (2.25 + 0.5 * 9))
     sa.damping = 0.0
-    sa.step(start, k, v)
-    assert torch.allclose(received[1], v.mean(1).expand(4, 8))
+    sa.iterate(inputs, start, num_iterations=1)
+    assert torch.allclose(received[1], mean.expand(4, 8))
 
 
-@pytest.mark.parametrize('slot_init', ['gaussian', 'learned'])
-def test_gradient_modes_agree_in_the_forward_pass_and_in_the_last_iteration(slot_init):
-    full, first = (module(slot_init=slot_init, gradient=gradient) for gradient in ('full', 'first_order'))
+def test_gradient_modes_agree_in_the_forward_pass_and_in_the_last_iteration():
+    full, first = (module(gradient=gradient) for gradient in GRADIENTS)
     first.load_state_dict(full.state_dict())
     inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
-    assert torch.allclose(full(inputs, slots=start)[0], first(inputs, slots=start)[0])
+    assert torch.allclose(full(inputs, start)[0], first(inputs, start)[0])
 
-    first(inputs, slots=start)[0].square().sum().backward()
+    first(inputs, start)[0].square().sum().backward()
     with torch.no_grad():
-        before_last = full(inputs, num_iterations=2, slots=start)[0]
-    full(inputs, num_iterations=1, slots=before_last)[0].square().sum().backward()
+        before_last = full(inputs, start, num_iterations=2)[0]
+    full(inputs, before_last, num_iterations=1)[0].square().sum().backward()
     for (name, a), b in zip(full.named_parameters(), first.parameters(), strict=True):
         assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad), name
 
 
-@pytest.mark.parametrize(('slot_init', 'gradient'), MODES)
-def test_gradient_reaches_every_parameter(slot_init, gradient):
-    model = small_model(slot_init=slot_init, gradient=gradient)
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_gradient_reaches_every_parameter(architecture, gradient):
+    model = small_model(architecture=architecture, gradient=gradient)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     (model(images).recons - images).square().mean().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_flop_of_a_step_can_be_counted():
-    """The counter's hooks want a gradient function of all that asks for a gradient, without grad mode too."""
-    for slot_init, gradient in MODES:
-        model = small_model(architecture='fast', slot_init=slot_init, gradient=gradient)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.randn(2, 3, 16, 16)).recons.sum().backward()
-        assert counter.get_total_flops() > 10**6
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_flop_of_a_step_can_be_counted(architecture, gradient):
+    """The counter's hooks expect a gradient function of every tensor that requires a gradient."""
+    model = small_model(architecture=architecture, gradient=gradient)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 16, 16)).recons.sum().backward()
+    assert counter.get_total_flops() > 10**6
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_training_and_evaluation_mode_compute_the_same(architecture):
+    model = small_model(architecture=architecture)
+    images, slots = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 16)
+    for a, b in zip(model.train()(images, slots=slots), model.eval()(images, slots=slots), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_gaussian_slots_have_the_mean_and_the_spread_they_learned():
@@ -152,8 +170,8 @@ def test_gaussian_slots_have_the_mean_and_the_spread_they_learned():
 
 
 def test_a_generator_decides_the_noise():
-    sa, inputs = module(), torch.randn(1, 9, 12).double()
-    draws = [sa(inputs, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
+    model, images = small_model(), torch.rand(1, 3, 16, 16)
+    draws = [model(images, generator=torch.Generator().manual_seed(seed)).slots for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -195,17 +213,10 @@ def test_fewer_and_more_slots_and_iterations_at_test_time(num_slots):
     assert output.attn.shape[1:3] == (5, num_slots)
 
 
-def test_learned_slots_can_be_fewer_but_not_more():
-    model = small_model(slot_init='learned')
-    assert model(torch.rand(1, 3, 16, 16), num_slots=3).slots.shape[1] == 3
-    with pytest.raises(ConfigError, match='7 learned slots and cannot use 8'):
-        model(torch.rand(1, 3, 16, 16), num_slots=8)
-
-
 def test_an_image_does_not_depend_on_its_batch():
-    model = small_model(slot_init='learned').eval()
-    images = torch.rand(4, 3, 16, 16)
-    assert torch.allclose(model(images).recons[2:3], model(images[2:3]).recons, atol=1e-5)
+    model, images, slots = small_model(), torch.rand(4, 3, 16, 16), torch.randn(4, 7, 16)
+    whole, alone = model(images, slots=slots), model(images[2:3], slots=slots[2:3])
+    assert torch.allclose(whole.recons[2:3], alone.recons, atol=1e-5)
 
 
 def test_images_of_another_size_are_refused():
@@ -263,15 +274,16 @@ def test_resolutions_that_can_be_produced(architecture, resolution):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(architecture='paper', resolution=100), 'nearest that work: 96, 112'),
-        (dict(resolution=8), 'nearest that work: 16, 17'),
-        (dict(resolution=300), 'nearest that work: 255, 256'),
+        (dict(architecture='paper', resolution=100), 'multiple of 16 above 64 .* not 100'),
+        (dict(resolution=8), 'resolution must be from 16 to 256 pixels'),
+        (dict(resolution=300), 'resolution must be from 16 to 256 pixels'),
         (dict(num_slots=0), 'num_slots must be at least 1'),
         (dict(num_iterations=0), 'num_iterations must be at least 1'),
         (dict(architecture='slow'), 'architecture must be one of fast, paper'),
-        (dict(slot_init='zeros'), 'slot_init must be one of'),
+        (dict(gradient='none'), 'gradient must be one of full, first_order'),
         (dict(slot_dim=3), 'slot_dim must be larger'),
         (dict(damping=-1.0), 'damping must be at least 0'),
+        (dict(architecture='paper', damping=0.1), "damping belongs to the 'fast' architecture"),
     ],
 )
 def test_configurations_that_make_no_model_are_refused(changes, message):
@@ -281,7 +293,7 @@ def test_configurations_that_make_no_model_are_refused(changes, message):
 
 @pytest.mark.parametrize(('bfloat16', 'tolerance'), [(False, 1e-5), (True, 5e-3)])
 def test_the_implicit_decoder_is_a_network_per_pixel(bfloat16, tolerance):
-    decoder = ImplicitDecoder(resolution=10, slot_dim=6, channels=8)
+    decoder = ImplicitDecoder(resolution=10, slot_dim=6, hidden_dim=8)
     slots = torch.randn(2, 6)
     slots[:, 2] = 0.3  # sizes are positive
     with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
@@ -304,18 +316,18 @@ def test_a_frame_is_the_place_and_the_size_of_what_a_slot_attends_to():
     attn = torch.zeros(1, 2, 16, 16)
     attn[0, 0, 2:4, 8:16] = 1  # two rows, the right half
     attn[0, 1] = 1
-    small, whole = attention.frame(attn.flatten(2))[0]
+    small, whole = torch.cat(attention.frame(attn.flatten(2)), dim=2)[0]
     variance = ((torch.tensor([1.0, 3, 5, 7]) / 16).square().mean() + (1 / 16) ** 2) / 2
     assert torch.allclose(small, torch.stack([torch.tensor(0.5), torch.tensor(-0.625), (variance + 0.05**2).sqrt()]))
     assert torch.allclose(whole[:2], torch.zeros(2), atol=1e-6)
-    leak = attention.frame((0.95 * attn + 0.05).flatten(2))[0, 0]  # a little attention everywhere
+    leak = torch.cat(attention.frame((0.95 * attn + 0.05).flatten(2)), dim=2)[0, 0]  # a little attention everywhere
     assert (leak - small).abs().max() < 0.06
 
 
 def test_slots_carry_the_frame_of_the_last_attention():
     model = SlotAttentionAutoEncoder(ModelConfig(resolution=32))
     _, _, slots, attn = model(torch.rand(2, 3, 32, 32))
-    frame = model.slot_attention.frame(attn[:, -1].flatten(2))
+    frame = torch.cat(model.slot_attention.frame(attn[:, -1].flatten(2)), dim=2)
     assert torch.allclose(slots[..., :3], frame, atol=1e-6)
 
 
@@ -339,17 +351,17 @@ def test_a_glimpse_bins_what_is_attended_to_around_the_slot():
     glimpse = Glimpse(input_dim=5, slot_dim=4)
     seen = {}
     glimpse.bins.register_forward_pre_hook(lambda module, args: seen.update(bins=args[0]))
-    axis = place_centres(16)
+    grid = coord_grid(16)
     inputs, attn = torch.randn(1, 256, 5), torch.rand(1, 2, 256)
     frame = torch.tensor([[[0.1, -0.2, 0.15], [0.0, 0.0, 0.3]]])
-    glimpse(inputs, attn, frame, axis, torch.randn(1, 2, 4))
+    glimpse(inputs, attn, frame[..., :2], frame[..., 2:], grid, torch.randn(1, 2, 4))
     bins = seen['bins'].view(2, 7, 7, 33)
     values = glimpse.project(inputs)[0].view(16, 16, 32)
     for slot, row, column in ((0, 3, 3), (0, 5, 1), (1, 2, 4)):
         x0, y0, size = frame[0, slot]
         width = size * 2 * Glimpse.REACH / 6
-        hat_x = (1 - ((axis - x0) / width - (column - 3)).abs()).clamp(min=0)
-        hat_y = (1 - ((axis - y0) / width - (row - 3)).abs()).clamp(min=0)
+        hat_x = (1 - ((grid - x0) / width - (column - 3)).abs()).clamp(min=0)
+        hat_y = (1 - ((grid - y0) / width - (row - 3)).abs()).clamp(min=0)
         hat = hat_y[:, None] * hat_x
         weight = hat * attn[0, slot].view(16, 16)
         expected = (weight[..., None] * values).sum((0, 1)) / (hat.sum() + 0.1)
@@ -391,7 +403,7 @@ def test_scores_of_a_perfect_a_blind_and_an_empty_scene():
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[0, :2], labels[0, 4:6, :4] = 1, 2
     perfect = segmentation_scores(labels, one_hot_masks((labels + 1) % 3, 3))
-    assert {name: value.item() for name, value in perfect.items()} == {'fg_ari': 1, 'ari': 1, 'mbo': 1}
+    assert {name: value.item() for name, value in perfect.items()} == {'fg_ari': 1, 'ari': 1, 'mbo': 1, 'miou': 1}
     blind = one_hot_masks(torch.zeros_like(labels), 3)  # one slot takes everything
     assert fg_ari(labels, blind).item() == 0
     assert segmentation_scores(labels, blind)['mbo'].item() == pytest.approx((16 / 64 + 8 / 64) / 2)
@@ -409,6 +421,43 @@ def test_mean_best_overlap_by_hand():
     assert segmentation_scores(labels, one_hot_masks(slots, 3))['mbo'].item() == pytest.approx((3 / 4 + 2 / 3) / 2)
 
 
+def test_mean_iou_matches_objects_and_slots_one_to_one():
+    """Against every assignment of slots to objects."""
+    labels, slots = torch.randint(0, 4, (10, 6, 6)), torch.randint(0, 3, (10, 6, 6))
+    labels[0] = labels[0].clamp(max=1)
+    for i, score in enumerate(segmentation_scores(labels, one_hot_masks(slots, 3))['miou'].tolist()):
+        objects = [o for o in range(1, 4) if (labels[i] == o).any()]
+        iou = {
+            (o, k): ((labels[i] == o) & (slots[i] == k)).sum() / ((labels[i] == o) | (slots[i] == k)).sum()
+            for o in objects
+            for k in range(3)
+        }
+        ways = itertools.permutations([0, 1, 2], len(objects))
+        best = max(sum(iou[pair] for pair in zip(objects, way, strict=True)) for way in ways)
+        assert score == pytest.approx(best.item() / len(objects))
+    one_slot = segmentation_scores(labels, one_hot_masks(slots * 0, 3))
+    assert (one_slot['miou'] < one_slot['mbo'])[1:].all()  # objects without a slot of their own count 0
+
+
+def test_ignored_pixels_count_in_no_score():
+    labels, masks = torch.randint(0, 4, (3, 8, 8)), torch.rand(3, 5, 1, 8, 8)
+    ignored = labels.clone()
+    ignored[:, :, 5:] = 255
+    cut = segmentation_scores(labels[:, :, :5], masks[..., :5])
+    for name, score in segmentation_scores(ignored, masks).items():
+        assert torch.allclose(score, cut[name]), name
+    for score in segmentation_scores(torch.full((3, 8, 8), 255), masks).values():
+        assert score.isnan().all()
+
+
+def test_labels_that_do_not_fit_the_masks_are_refused():
+    masks = torch.rand(2, 3, 1, 8, 8)
+    with pytest.raises(ValueError, match=r'labels \[2, 4, 4\] and masks \[2, 3, 1, 8, 8\]'):
+        segmentation_scores(torch.zeros(2, 4, 4, dtype=torch.long), masks)
+    with pytest.raises(ValueError, match='must not be negative, the smallest is -1'):
+        segmentation_scores(torch.full((2, 8, 8), -1), masks)
+
+
 def test_scores_do_not_depend_on_how_slots_and_objects_are_numbered():
     labels, slots = torch.randint(0, 5, (4, 8, 8)), torch.randint(0, 6, (4, 8, 8))
     renamed = torch.tensor([0, 3, 1, 4, 2])[labels]
@@ -423,13 +472,13 @@ def test_scores_do_not_depend_on_how_slots_and_objects_are_numbered():
 
 
 def test_a_checkpoint_brings_back_model_and_training_state(tmp_path):
-    model = small_model(slot_init='learned', num_slots=3).eval()
+    model = small_model(num_slots=3).eval()
     save_checkpoint(tmp_path / 'a.pth', model, step=7)
     assert load_checkpoint(tmp_path / 'a.pth')['training'] == {'step': 7}
-    images = torch.rand(2, 3, 16, 16)
+    images, slots = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16)
     restored = load_model(tmp_path / 'a.pth')
     assert restored.config == model.config
-    assert torch.equal(restored(images).recons, model(images).recons)
+    assert torch.equal(restored(images, slots=slots).recons, model(images, slots=slots).recons)
     assert os.listdir(tmp_path) == ['a.pth']
 
 
@@ -475,158 +524,155 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage):
     assert not (tmp_path / 'executed').exists()
 
 
-# Parts of an image, and evaluation
+# Parts of an image, and search
 
 
 @pytest.mark.parametrize('resolution', (16, 35, 80))
-def test_the_first_layer_of_the_papers_decoder_is_the_plain_one(resolution):
-    decoder = small_model(architecture='paper', resolution=resolution).double().decoder
-    torch.nn.init.normal_(decoder.conv[0].bias)
+def test_the_accelerated_decoder_is_the_plain_one(resolution):
+    plain = small_model(architecture='paper', resolution=resolution).double().decoder
+    for layer in plain.conv[::2]:
+        torch.nn.init.normal_(layer.bias)
+    accelerated = AcceleratedBroadcastDecoder(plain)
+    assert accelerated.state_dict().keys() == plain.state_dict().keys()
     slots = torch.randn(3, 16, dtype=torch.double, requires_grad=True)
-    first = list(decoder.conv[0].parameters()) + list(decoder.position.parameters())
     results = []
-    for output in (decoder(slots), decoder.conv(decoder.position(slots[:, :, None, None]))):
-        results.append((output, *torch.autograd.grad(output.square().sum(), (slots, *first))))
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain)
+    for decoder in (plain, accelerated):
+        output = decoder(slots)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (slots, *plain.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('architecture', ['fast', 'paper'])
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
 def test_some_rows_and_columns_decode_as_in_the_whole(architecture):
-    model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution=32, hidden_dim=8, slot_dim=8)).eval()
+    model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution=32, hidden_dim=8, slot_dim=8))
     slots = torch.randn(2, 3, 8)
     rows, columns = slice(1, None, 2), slice(2, 20, 3)
     with torch.no_grad():
-        whole, part = model.decode(slots), model.decode(slots, (rows, columns))
+        whole, part = model.decode(slots), decode_partial(model, slots, (rows, columns))
     for a, b in zip(whole, part, strict=True):
         assert torch.allclose(a[..., rows, columns], b, atol=1e-5)
 
 
-@pytest.mark.parametrize('architecture', ['fast', 'paper'])
-def test_an_empty_slot_wins_nothing_draws_nothing_and_stays_empty(architecture):
-    model = small_model(architecture=architecture).eval()
-    images, start = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 16)
-    start[:, 1] = 0
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_an_absent_slot_is_decoded_as_if_it_were_not_there(architecture):
+    model, slots = small_model(architecture=architecture), torch.randn(2, 4, 16)
+    slot_mask = torch.tensor([[True, False, True, True]] * 2)
     with torch.no_grad():
-        _, masks, slots, attn = model(images, slots=start)
-        others = [0, 2, 3]
-        without = model(images, slots=start[:, others])
-    assert (slots[:, 1] == 0).all() and (attn[:, :, 1] == 0).all() and (masks[:, 1] == 0).all()
-    assert torch.allclose(masks[:, others], without.masks, atol=1e-5)
-    assert torch.allclose(slots[:, others], without.slots, atol=1e-4)
-    assert model.decode(torch.zeros(1, 4, 16))[1].isfinite().all()  # nothing is left, and nothing breaks
+        rgbs, masks = decode_partial(model, slots, slot_mask=slot_mask)
+        others_rgbs, others_masks = model.decode(slots[:, [0, 2, 3]])
+    assert (masks[:, 1] == 0).all()
+    assert torch.allclose(masks[:, [0, 2, 3]], others_masks, atol=1e-5)
+    assert torch.allclose(rgbs[:, [0, 2, 3]], others_rgbs, atol=1e-5)
 
 
-def test_slots_that_are_not_worth_their_place_are_emptied_in_evaluation():
-    """The error is told which slots are left, and each of them lowers it by a known amount."""
-    module = SlotAttention(12, 5, 8, num_iterations=2, slot_worth=0.1).double()
-    inputs, start = torch.randn(3, 9, 12).double(), torch.randn(3, 5, 8).double()
-    gains = torch.tensor([[0.3, 0.05, 0.2, 0.0, 0.5], [0.0] * 5, [0.1, 0.1, 0.1, 0.1, 0.1]]).double()
-
-    def faults(slots):
-        return 1 - (gains * ~is_empty(slots).squeeze(2)).sum(dim=1), torch.ones(3, 9).double()
-
-    trained, trained_attn = module(inputs, slots=start, faults=faults)
-    assert not is_empty(trained).any()
-    slots, attn = module.eval()(inputs, slots=start, faults=faults)
-    left = ~is_empty(slots).squeeze(2)
-    strongest = trained_attn[:, -1].sum(dim=2).argmax(dim=1)
-    assert left[2].all() and left[1].nonzero().squeeze() == strongest[1]  # one is always left
-    assert left[0].tolist() == [True, strongest[0] == 1, True, strongest[0] == 3, True]
-    assert torch.equal(slots[2], trained[2]) and torch.equal(attn[2], trained_attn[2])
-    assert (attn[:, -1] > 0).equal(left[:, :, None].expand(-1, -1, 9)) and attn.shape == trained_attn.shape
-    assert torch.allclose(attn.sum(dim=2), torch.ones(3, 2, 9).double())
-
-
-def test_pruning_raises_the_error_by_less_than_was_asked():
-    images = torch.randn(4, 3, 16, 16)
-    model = small_model(architecture='fast', num_slots=6, slot_init='learned').eval()
-    pruned = small_model(architecture='fast', num_slots=6, slot_init='learned', slot_worth=10.0).eval()
-    pruned.load_state_dict(model.state_dict())
+def test_an_absent_slot_wins_no_attention_and_changes_no_other():
+    attention, inputs, slots = small_model().slot_attention, torch.randn(2, 16, 8), torch.randn(2, 4, 16)
+    slot_mask = torch.tensor([[True, False, True, True]] * 2)
     with torch.no_grad():
-        assert not is_empty(model(images).slots).any()
-        assert (is_empty(pruned(images).slots).sum(dim=1) == 5).all()  # anything is cheap at that price
-        pruned.slot_attention.slot_worth = 1e-4
-        output = pruned(images)
-    every_second = (..., slice(None, None, 2), slice(None, None, 2))
-    before, after = ((o.recons - images)[every_second].square().mean((1, 2, 3)) for o in (model(images), output))
-    emptied = is_empty(output.slots).sum(dim=(1, 2))
-    assert (after <= before + 1e-4 * emptied).all()
+        iterated, attn = attention.iterate(inputs, slots, slot_mask=slot_mask)
+        others, others_attn = attention.iterate(inputs, slots[:, [0, 2, 3]])
+    assert (attn[:, :, 1] == 0).all()
+    assert torch.allclose(attn[:, :, [0, 2, 3]], others_attn, atol=1e-5)
+    assert torch.allclose(iterated[:, [0, 2, 3]], others, atol=1e-5)
 
 
-def test_an_empty_slot_is_tried_where_the_image_is_drawn_worst(monkeypatch):
-    """One of three slots is as good as all, until an empty one is tried: then each is worth 0.2."""
-    module = FramedSlotAttention(12, 4, num_slots=3, slot_dim=8, num_iterations=2, slot_worth=0.1).eval()
-    inputs, start = torch.randn(1, 16, 12), torch.randn(1, 3, 8)
-    worst = torch.zeros(1, 16)
-    worst[0, 6] = 1.0  # second row, third column: x 0.25, y -0.25
-    calls, frames = [], []
-    update = module.update
+def test_slots_that_do_not_lower_the_error_are_pruned(monkeypatch):
+    """The error is replaced by one that each present slot lowers by a known amount."""
+    model, images, start = small_model(), torch.rand(3, 3, 16, 16), torch.randn(3, 5, 16)
+    gains = torch.tensor([[0.3, 0.05, 0.2, 0.0, 0.5], [0.0] * 5, [0.1, 0.1, 0.1, 0.1, 0.1]])
 
-    def faults(slots):
-        calls.append(3 - int(is_empty(slots).sum()))
-        return torch.tensor([1.0 if len(calls) <= 3 else 1.0 - 0.2 * calls[-1]]), worst
+    def error(model, images, slots, slot_mask):
+        return 1 - (gains * slot_mask).sum(dim=1), torch.zeros(3, 2)
 
-    def watched(slots, attn, v):
-        slots = update(slots, attn, v)
-        frames.append(slots[0, 0, :3].tolist())
-        return slots
-
-    monkeypatch.setattr(module, 'update', watched)
-    slots, _ = module(inputs, slots=start, faults=faults)
-    assert calls == [3, 2, 1, 2, 3] and not is_empty(slots).any()
-    born = [frame for frame in frames if frame[:2] == pytest.approx([0.25, -0.25], abs=1e-4)]
-    assert len(born) == 2 and born[0][2] == pytest.approx(module.MIN_SIZE, rel=0.1)
+    monkeypatch.setattr(slot_attention, 'reconstruction_error', error)
+    with torch.no_grad():
+        attn = model.encode(images, start)[1][:, -1]
+        slots, slot_mask = prune_and_reseed(model, images, start, prune_threshold=0.0999, num_reseeds=0)
+        network = model(images, slots=start).slots
+    strongest = attn.flatten(2).sum(dim=2).argmax(dim=1)  # it is never removed
+    assert slot_mask[2].all() and torch.allclose(slots[2], network[2])
+    assert slot_mask[1].nonzero().squeeze() == strongest[1]
+    assert slot_mask[0].tolist() == [True, strongest[0] == 1, True, strongest[0] == 3, True]
 
 
-@pytest.mark.parametrize('architecture', ('fast', 'paper'))
+def test_pruning_raises_the_error_by_less_than_the_threshold():
+    model, images, start = small_model(num_slots=6), torch.randn(4, 3, 16, 16), torch.randn(4, 6, 16)
+    assert (prune_and_reseed(model, images, start, 10.0)[1].sum(dim=1) == 1).all()  # any slot is too expensive
+    slots, slot_mask = prune_and_reseed(model, images, start, 1e-4)
+    with torch.no_grad():
+        before = reconstruction_error(model, images, model(images, slots=start).slots)[0]
+        after = reconstruction_error(model, images, slots, slot_mask)[0]
+    assert (after <= before + 1e-4 * (~slot_mask).sum(dim=1)).all()
+
+
+def test_an_absent_slot_is_tried_where_the_error_is_largest(monkeypatch):
+    """Each of three slots is worth 0.2, but only after the first two were removed."""
+    model, images, start = small_model(), torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16)
+    counts, placed = [], []
+    iterate = model.slot_attention.iterate
+
+    def error(model, images, slots, slot_mask):
+        counts.append(int(slot_mask.sum()))
+        return torch.tensor([1.0 if len(counts) <= 3 else 1.0 - 0.2 * counts[-1]]), torch.tensor([[0.25, -0.25]])
+
+    def watched(inputs, slots, num_iterations, slot_mask):
+        placed.append(slots[0, :, :FRAME])
+        return iterate(inputs, slots, num_iterations, slot_mask)
+
+    monkeypatch.setattr(slot_attention, 'reconstruction_error', error)
+    monkeypatch.setattr(model.slot_attention, 'iterate', watched)
+    _, slot_mask = prune_and_reseed(model, images, start, prune_threshold=0.1)
+    assert counts == [3, 2, 1, 2, 3] and slot_mask.all()
+    for frames in placed[3:]:
+        assert (frames[:, :2] == torch.tensor([0.25, -0.25])).all(dim=1).sum() == 1
+
+
+def test_the_largest_error_is_found_where_it_is():
+    model = small_model(resolution=32)
+    slots = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        rgbs, masks = model.decode(slots)
+        images = (rgbs * masks).sum(1)
+        images[0, :, 4:12, 20:28] += 1.0  # right, above
+        error, position = reconstruction_error(model, images, slots)
+    assert error[0] == pytest.approx(64 / 32**2, rel=1e-4) and error[1] == pytest.approx(0, abs=1e-9)
+    assert (position[0] - torch.tensor([0.5, -0.5])).abs().max() <= 0.125 + 1e-6
+
+
+def test_search_refuses_slots_without_a_position():
+    with pytest.raises(ConfigError, match="needs the 'fast' architecture"):
+        prune_and_reseed(small_model(architecture='paper'), torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16))
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
 def test_refining_lowers_the_error_and_touches_nothing_else(architecture):
-    torch.manual_seed(0)
-    model = small_model(architecture=architecture, refine_steps=8).eval()
+    model = small_model(architecture=architecture)
     images, slots = torch.rand(5, 3, 16, 16) * 2 - 1, torch.randn(5, 7, 16)
-    slots[:, 2] = 0
+    slot_mask = torch.arange(7).expand(5, 7) != 2
     with torch.no_grad():
-        refined = model.refine(images, slots)
-        before, after = model.faults(images, slots)[0], model.faults(images, refined)[0]
-        torch.testing.assert_close(model.refine(images[1:2], slots[1:2]), refined[1:2], rtol=1e-3, atol=1e-4)
+        refined = refine(model, images, slots, slot_mask, num_steps=8)
+        before, after = (reconstruction_error(model, images, x, slot_mask)[0] for x in (slots, refined))
+        alone = refine(model, images[1:2], slots[1:2], slot_mask[1:2], num_steps=8)
+        torch.testing.assert_close(alone, refined[1:2], rtol=1e-3, atol=1e-4)
     assert (after <= before).all() and after.mean() < 0.98 * before.mean()
-    assert (refined[:, 2] == 0).all()
+    assert torch.equal(refined[:, 2], slots[:, 2])  # an absent slot has no gradient
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     with torch.inference_mode():
-        torch.testing.assert_close(model.refine(images.clone(), slots.clone()), refined)
+        torch.testing.assert_close(refine(model, images.clone(), slots.clone(), slot_mask, num_steps=8), refined)
 
 
-def test_slots_are_refined_in_evaluation_only():
-    model, images, slots = small_model(refine_steps=2), torch.rand(2, 3, 16, 16), torch.randn(2, 7, 16)
-    plain = small_model()
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(model(images, slots=slots).slots, plain(images, slots=slots).slots)
-    with torch.no_grad():
-        expected = model.eval().refine(images, plain.eval()(images, slots=slots).slots)
-        assert torch.equal(model(images, slots=slots).slots, expected)
-        assert not torch.equal(expected, plain(images, slots=slots).slots)
+def test_refining_that_does_not_help_is_undone():
+    model, images, slots = small_model(), torch.rand(2, 3, 16, 16), torch.randn(2, 7, 16)
+    assert torch.equal(refine(model, images, slots, num_steps=2, lr=1e6), slots)
 
 
-def test_refining_that_does_not_help_is_taken_back(monkeypatch):
-    monkeypatch.setattr(SlotAttentionAutoEncoder, 'REFINE_LR', 1e6)
-    model, images, slots = small_model(refine_steps=2), torch.rand(2, 3, 16, 16), torch.randn(2, 7, 16)
-    assert torch.equal(model.refine(images, slots), slots)
-
-
-def test_evaluation_takes_its_own_iterations():
-    module = SlotAttention(12, 4, 8, num_iterations=2, eval_iterations=3)
-    inputs = torch.randn(2, 9, 12)
-    assert module(inputs)[1].shape[1] == 2
-    assert module.eval()(inputs)[1].shape[1] == 3 and module(inputs, num_iterations=1)[1].shape[1] == 1
-
-
-def test_a_framed_slot_asks_for_what_is_near():
-    model = SlotAttentionAutoEncoder(ModelConfig(resolution=32, slot_dim=8, hidden_dim=8))
-    module = model.slot_attention
+def test_a_framed_slot_attends_to_what_is_near():
+    attention = SlotAttentionAutoEncoder(ModelConfig(resolution=32, slot_dim=8, hidden_dim=8)).slot_attention
     slots = torch.zeros(1, 1, 8)
-    slots[..., :3] = torch.tensor([0.5, -0.5, 0.3])  # right, above
+    slots[..., :FRAME] = torch.tensor([0.5, -0.5, 0.3])  # right, above
     with torch.no_grad():
-        logits = module.logits(slots, torch.zeros(1, 64, 8)).view(8, 8)
-    y, x = divmod(int(logits.argmax()), 8)
-    assert (x, y) == (5, 1) or (abs(module.axis[x] - 0.5) < 0.13 and abs(module.axis[y] + 0.5) < 0.13)
-    assert logits[1, 5] > logits[3, 5] > logits[6, 5]
+        penalty = attention.locality_penalty(slots).view(8, 8)
+    y, x = divmod(int(penalty.argmin()), 8)
+    assert abs(attention.grid[x] - 0.5) < 0.13 and abs(attention.grid[y] + 0.5) < 0.13
+    assert penalty[1, 5] < penalty[3, 5] < penalty[6, 5]
