@@ -593,13 +593,18 @@ def reconstruction_error(
     return error.mean(dim=(1, 2)), torch.stack([grid[worst % size], grid[worst // size]], dim=1)
 
 
+class Candidate(NamedTuple):
+    slots: Tensor  # [B, K, D], before the glimpse
+    glimpsed: Tensor  # [B, K, D], after it: these are decoded
+    slot_mask: Tensor  # [B, K]
+    attn: Tensor  # [B, K, N]
+    error: Tensor  # [B], see reconstruction_error()
+    worst: Tensor  # [B, 2]
+
+
 @torch.no_grad()
 def prune_and_reseed(
-    model: SlotAttentionAutoEncoder,
-    images: Tensor,
-    slots: Tensor,
-    prune_threshold: float = 1e-3,
-    num_reseeds: int = 2,
+    model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor, prune_threshold: float = 1e-3, num_reseeds: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Removes slots that the reconstruction does not need, then tries them where it is worst.
 
@@ -625,29 +630,30 @@ def prune_and_reseed(
         raise ConfigError("prune_and_reseed needs the 'fast' architecture, whose slots have a position")
     features = attention.norm_inputs(model.encoder(images))  # [B, N, C]
 
-    def attempt(slots: Tensor, slot_mask: Tensor, num_iterations: int | None = None) -> tuple[Tensor, ...]:
-        """Slots before and after the glimpse, their mask, attention, error [B] and its worst position [B, 2]."""
+    def attempt(slots: Tensor, slot_mask: Tensor, num_iterations: int | None = None) -> Candidate:
         slots, attn = attention.iterate(features, slots, num_iterations, slot_mask)
         glimpsed = attention.add_glimpse(features, slots, attn[:, -1])
-        return slots, glimpsed, slot_mask, attn[:, -1], *reconstruction_error(model, images, glimpsed, slot_mask)
+        return Candidate(
+            slots, glimpsed, slot_mask, attn[:, -1], *reconstruction_error(model, images, glimpsed, slot_mask)
+        )
 
-    def select(accepted: Tensor, trial: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def select(accepted: Tensor, trial: Candidate, best: Candidate) -> Candidate:
         """The trial for the images in which `accepted` [B] is true, the best so far for the others."""
         pairs = zip(trial, best, strict=True)
-        return tuple(torch.where(accepted.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs)
+        return Candidate(*(torch.where(accepted.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
 
     best = attempt(slots, torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device))
-    for weakest in best[3].sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
-        trial = attempt(best[0], best[2].scatter(1, weakest[:, None], False), num_iterations=1)
-        best = select(trial[4] < best[4] + prune_threshold, trial, best)
+    for weakest in best.attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
+        trial = attempt(best.slots, best.slot_mask.scatter(1, weakest[:, None], False), num_iterations=1)
+        best = select(trial.error < best.error + prune_threshold, trial, best)
     for _ in range(num_reseeds):
-        absent = ~best[2]
+        absent = ~best.slot_mask
         reseeded = absent & (absent.cumsum(dim=1) == 1)  # [B, K], the first absent slot
-        frame = F.pad(best[5], (0, 1), value=0.12)[:, None].expand(-1, slots.shape[1], -1)  # a small object's scale
+        frame = F.pad(best.worst, (0, 1), value=0.12)[:, None].expand(-1, slots.shape[1], -1)  # a small object's scale
         placed = torch.cat([frame, slots[..., FRAME:]], dim=2)
-        trial = attempt(torch.where(reseeded[:, :, None], placed, best[0]), best[2] | reseeded)
-        best = select(reseeded.any(dim=1) & (trial[4] <= best[4] - prune_threshold), trial, best)
-    return best[1], best[2]
+        trial = attempt(torch.where(reseeded[:, :, None], placed, best.slots), best.slot_mask | reseeded)
+        best = select(reseeded.any(dim=1) & (trial.error <= best.error - prune_threshold), trial, best)
+    return best.glimpsed, best.slot_mask
 
 
 def refine(

@@ -270,6 +270,8 @@ def check_combination(args: argparse.Namespace, given: dict) -> None:
         raise ConfigError('--eval needs --resume PATH, the checkpoint to score')
     if not args.eval and bool(args.steps) == bool(args.epochs):
         raise ConfigError(f'--steps {args.steps} and --epochs {args.epochs}: one of them must be 0 and the other not')
+    if args.pixel_stride > args.resolution:
+        raise ConfigError(f'--pixel_stride {args.pixel_stride} is larger than the image of {args.resolution} pixels')
     useless = {} if args.eval else {'search': 'without --eval'}
     if args.eval:
         useless = dict.fromkeys({*FREE_ON_RESUME, 'compile', 'log_dir', 'num_workers'} - {'data_dir'}, 'with --eval')
@@ -787,7 +789,8 @@ def evaluate(
     """Mean scores over the images of all processes: rows 'network' and, with search, '+ prune' and '+ refine'.
 
     A row has the SCORES (see segmentation_scores()) and mask_statistics(). attn_fg_ari is the FG-ARI of the last
-    iteration's attention, enlarged to the image. Without masks there are no segmentation scores.
+    iteration's attention, enlarged to the image; scored is the share of the images that have an FG-ARI. Without
+    masks there are no segmentation scores.
 
     num_slots, num_iterations  as in SlotAttentionAutoEncoder.encode
     consistency  adds the ARI of the segmentations from two independent samples of the initial slots, over the
@@ -809,7 +812,9 @@ def evaluate(
 
     def score(row: str, images: Tensor, labels: Tensor | None, recons: Tensor, masks: Tensor) -> None:
         values = {'mse': (recons.float() - images).square().mean((1, 2, 3))}
-        values |= {} if labels is None else segmentation_scores(labels, masks)
+        if labels is not None:
+            values |= segmentation_scores(labels, masks)
+            values['scored'] = (~values['fg_ari'].isnan()).double()
         for name, value in (values | mask_statistics(masks, labels)).items():
             rows[row][name].append(value.double().cpu())
 
@@ -832,8 +837,9 @@ def evaluate(
             rgbs, masks = decode_partial(model, slots, slot_mask=slot_mask)
             score(row, images, labels, (rgbs * masks).sum(1), masks)
 
-    batches = iter(loader)
-    for i in range(math.ceil(len(loader.dataset) / batch_size)):
+    batches, count = iter(loader), math.ceil(len(loader.dataset) / batch_size)
+    disable = None if context.rank == 0 else True  # None: if the output is no terminal
+    for i in tqdm(range(count), 'evaluating', delay=2, leave=False, disable=disable):
         if (batch := next(batches, None)) is not None:  # a process may have no part of the last batch
             batch = {name: values.to(context.device, non_blocking=True) for name, values in batch.items()}
             with context.autocast():
@@ -858,7 +864,7 @@ def mean_rows(rows: dict[str, dict[str, list[Tensor]]], context: DistributedCont
 def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
     """Statistics that show how the slots fail, of each image, [B] each.
 
-    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; `missed` and `split` need labels.
+    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; `missed` and `split` need labels. Empty for K = 1.
 
     mask_entropy  mean entropy of the masks at a pixel of the true foreground (without labels: of the image), as a
                   share of log K; 1: all slots share everything
@@ -869,9 +875,11 @@ def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Te
     missed        share of the objects that lie mostly in the background's slot
     split         share of the foreground in neither the background's slot nor the main slot of its object
     """
+    if masks.shape[1] == 1:
+        return {}
     found = segmentation(masks)
     where = torch.ones_like(found, dtype=torch.bool) if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
-    entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(max(masks.shape[1], 2))
+    entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(masks.shape[1])
     area = where.sum((1, 2))
     counted = None if labels is None else labels != IGNORE_LABEL
     table = contingency_table(where.long() if labels is None else labels.where(counted, 0), found, counted).double()
@@ -1115,6 +1123,9 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
         f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n\n'
         + ' ' * 10 + ''.join(f'{SCORES[name]:>13}' for name in names)
     )  # fmt: skip
+    if (scored := round(len(test) * rows['network'].get('scored', 1))) < len(test):
+        names_of = 'have a mask with objects: the others count in the MSE only'
+        context.print0(f'{scored} of the images {names_of}')
     for row, scores in rows.items():
         cells = (f'{scores[name]:13.4f}' if name in scores else f'{"":13}' for name in names)
         context.print0(f'{row:10}{"".join(cells)}')
@@ -1195,6 +1206,13 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
         context.print0(f'{args.dataset}: {run.train_loader.dataset}')
         context.print0(f'{run.total_steps:,} steps of {args.batch_size} images, {len(run.train_loader):,} per epoch')
         context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
+        if run.total_steps <= args.warmup_steps:
+            context.print0(
+                f'warning: {run.total_steps} steps are no more than the warm-up (--warmup_steps {args.warmup_steps}), so '
+                'the run will learn little; set --steps, 5000 is the default'
+            )
+        if args.compile:
+            context.print0('compiling the training step: the first one takes a minute or more')
         table = ['|flag|value|', '|-|-|', *(f'|{name}|{value}|' for name, value in vars(args).items())]
         run.log.add_text('configuration', '\n'.join(table))
         checkpoints = args.log_dir / 'checkpoints'

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,41 @@ def test_sources_without_masks_train_and_report_no_segmentation_score(monkeypatc
     assert best == pytest.approx(2 * [-scalars('logs', 'val/mse')[6]])
 
 
+def test_a_run_shorter_than_its_warm_up_is_warned_of(capsys):
+    for warmup, warned in ((6, True), (5, False)):
+        assert run(*SMALL, '--epochs', 1, '--warmup_steps', warmup) == 0
+        assert ('set --steps' in capsys.readouterr().out) == warned
+
+
+def test_images_without_objects_are_counted_and_left_out_of_the_scores(monkeypatch, capsys):
+    whole = train.create_dataloader.__globals__['to_batch']
+
+    def half_ignored(images, labels):
+        labels = labels.copy()
+        labels[::2] = 255
+        return whole(images, labels)
+
+    monkeypatch.setitem(train.create_dataloader.__globals__, 'to_batch', half_ignored)
+    assert run(*SMALL, '--epochs', 1) == 0
+    capsys.readouterr()
+    assert run('--eval', '--resume', 'logs') == 0
+    assert '8 of the images have a mask with objects' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_evaluation_says_so(monkeypatch, capsys, number, status):
+    run(*SMALL, '--epochs', 1)
+    scores = train.segmentation_scores
+
+    def interrupted(*args):
+        signal.raise_signal(number)
+        return scores(*args)
+
+    monkeypatch.setattr(train, 'segmentation_scores', interrupted)
+    assert run('--eval', '--resume', 'logs') == status
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
 def test_the_best_model_has_the_best_score_and_ties_go_to_the_lower_mse(monkeypatch):
     scores = iter([(0.5, 0.4), (0.6, 0.3), (0.6, 0.2), (0.6, 0.25), (math.nan, 0.1)])
 
@@ -298,6 +334,7 @@ def test_the_gradient_reaches_every_parameter_in_bfloat16(architecture, gradient
         (['--dataset', 'images', '--data_dir', 'nowhere'], 'no folder nowhere'),
         (['--resume', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
         (['--log_dir', 'file/logs'], 'cannot write to file/logs'),
+        (['--pixel_stride', 17], '--pixel_stride 17 is larger than the image of 16 pixels'),
         pytest.param(
             ['--device', 'cuda'], 'finds no CUDA GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='GPU')
         ),
@@ -479,6 +516,10 @@ def test_one_object_is_no_collapse_and_one_image_no_comparison():
     labels = scene().clamp(max=1)[:1] * (scene()[:1] == 1)
     figures = train.mask_statistics(masks_of(labels), labels)
     assert figures['largest_slot'].isnan().all() and 'sameness' not in figures
+
+
+def test_a_single_slot_gets_no_diagnosis():
+    assert train.mask_statistics(torch.ones(2, 1, 1, 8, 8), torch.ones(2, 8, 8, dtype=torch.long)) == {}
 
 
 def test_a_diagnosis_that_lasts_is_said_once_and_logged(capsys, monkeypatch):
