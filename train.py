@@ -1208,8 +1208,8 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
         context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
         if run.total_steps <= args.warmup_steps:
             context.print0(
-                f'warning: {run.total_steps} steps are no more than the warm-up (--warmup_steps {args.warmup_steps}), so '
-                'the run will learn little; set --steps, 5000 is the default'
+                f'warning: the {run.total_steps} steps end within the warm-up (--warmup_steps {args.warmup_steps}), so the '
+                'run will learn little; set --steps, 5000 is the default'
             )
         if args.compile:
             context.print0('compiling the training step: the first one takes a minute or more')
