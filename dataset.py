@@ -1,14 +1,15 @@
-"""Where the images come from: every source as one Dataset shape and one create_dataloader.
+"""Image sources for object discovery: one Dataset interface and one create_dataloader() for all of them.
 
-    python dataset.py                                      # a sheet of shapes, and how fast they come
-    python dataset.py --prepare clevr6 --data_dir data     # published records -> data/clevr6_128_max6.h5
-    python dataset.py --dataset clevr6 --data_dir data     # a sheet of what was prepared
+    python dataset.py                                       # draws samples.png: images of shapes and their masks
+    python dataset.py --prepare clevr6 --data_dir data      # writes data/clevr6_128_max6.h5 from the published file
+    python dataset.py --dataset clevr6 --data_dir data      # draws samples.png from the prepared file
+    python dataset.py --dataset images --data_dir pictures  # draws samples.png from a folder of pictures
 
     from dataset import create_dataloader
     train_loader, val_loader = create_dataloader(dataset_type='shapes', batch_size=32, resolution=64)
 
-A batch is a dict: `image` float32 [B, 3, H, W] in [-1, 1] and, where the source has masks, `mask`
-int64 [B, H, W] with 0 for the background and 1, 2, ... for the objects.
+A batch is a dict with `image`, float32 [B, 3, H, W] in [-1, 1], and, if the source has masks, `mask`,
+int64 [B, H, W]. Label 0 is the background and 1, 2, ... are objects.
 """
 
 import argparse
@@ -35,13 +36,14 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-# Every source, and what is asked of it when nothing is said: side of the images, slots.
+# Default resolution (side of the square images in pixels) and default number of slots of each source.
 SIZES = {
     'shapes': (64, 7),
     'clevr6': (128, 7),
@@ -53,18 +55,18 @@ SIZES = {
 DATASETS = tuple(SIZES)
 SPLITS = ('train', 'val', 'test')
 SHAPES = ('circle', 'square', 'triangle')
-SHAPES_SIZE = 10_000  # training images, when nothing is said
+SHAPES_SIZE = 10_000  # default number of training images
 
 
 class DataError(ValueError):
-    """A source or a request that gives no images; the message says why in one line."""
+    """Raised for a source or a request that yields no images; the message is one line for the user."""
 
 
 # --- In memory -------------------------------------------------------------------------------
 
 
 class ImagesInMemory(Dataset):
-    """`images` uint8 [N, H, W, 3] and, where there are masks, `labels` uint8 [N, H, W], else None."""
+    """Base class: `images` uint8 [N, H, W, 3] and `labels` uint8 [N, H, W], or None without masks."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
@@ -76,28 +78,28 @@ class ImagesInMemory(Dataset):
         size = self.images.nbytes + (0 if self.labels is None else self.labels.nbytes)
         return f'{len(self):,} images, {size / 1e9:.2f} GB in memory'
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once; DataLoader calls this instead of `__getitem__` B times."""
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Returns a whole batch; DataLoader calls this instead of `__getitem__` B times."""
         return to_batch(self.images[indices], None if self.labels is None else self.labels[indices])
 
 
-def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-    """uint8 [B, H, W, 3] and labels [B, H, W] -> a batch as described at the top of this file."""
-    image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # stays channels_last in memory
+def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Tensor]:
+    """Converts uint8 images [B, H, W, 3] and labels [B, H, W] to a batch (see the module docstring)."""
+    image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels_last in memory
     batch = {'image': image.mul_(2 / 255).sub_(1)}
     if labels is not None:
         batch['mask'] = torch.from_numpy(labels).long()
     return batch
 
 
-def flip(batch: dict[str, torch.Tensor], flipped: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The images where `flipped` (bool [B]) mirrored left to right, and their labels with them."""
+def flip(batch: dict[str, Tensor], flipped: Tensor) -> dict[str, Tensor]:
+    """Mirrors the images and masks of a batch left to right where `flipped` (bool [B]) is true."""
     out = {}
     for name, values in batch.items():
-        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))
+        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))  # (B, 1, ..., 1)
         out[name] = torch.where(where, values.flip(-1), values)
     return out
 
@@ -108,18 +110,19 @@ def flip(batch: dict[str, torch.Tensor], flipped: torch.Tensor) -> dict[str, tor
 class ShapesDataset(ImagesInMemory):
     """Circles, squares and triangles on a grey background, with instance labels.
 
-    Place, size, rotation, colour and number are random; objects may overlap, but each keeps at
-    least MIN_VISIBLE of its area in sight. Image i depends on (seed, split, i) alone: it is the
-    same in a data set of any size, and no two splits share a sample. Everything is drawn once
-    and kept in memory: `images` uint8 [N, H, W, 3], `labels` uint8 [N, H, W].
+    The number of objects and their shape, position, size, rotation and colour are random. Objects may
+    overlap, but at least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed,
+    split, i): it does not depend on `size`, and no two splits share an image. All images are drawn in the
+    constructor and kept in memory.
 
-    Raises DataError for a split, size, resolution or number of objects that cannot be drawn.
+    Raises DataError for an unknown split, and for a size, resolution (16 to 256 pixels), number of objects
+    (1 to 16) or seed out of range.
     """
 
-    # The size of an object is the radius of the disc of equal area, as a share of the image side.
+    # The size of an object is the radius of the disc of equal area, as a fraction of the image side.
     MIN_SIZE, MAX_SIZE = 0.09, 0.17
     MIN_VISIBLE = 0.6
-    MIN_RADIUS = 1.3  # pixels; what is smaller may cover no pixel's centre
+    MIN_RADIUS = 1.3  # pixels; a smaller object may cover no pixel centre
     MAX_OBJECTS = 16
 
     def __init__(
@@ -134,32 +137,32 @@ class ShapesDataset(ImagesInMemory):
         if split not in SPLITS:
             raise DataError(f'split must be one of {", ".join(SPLITS)}, not {split!r}')
         if size < 1:
-            raise DataError(f'a data set needs at least 1 image, not {size}')
+            raise DataError(f'the number of images must be at least 1, not {size}')
         if not 16 <= resolution <= 256:
-            raise DataError(f'shapes are drawn at a resolution from 16 to 256, not {resolution}')
+            raise DataError(f'the resolution of shapes must be from 16 to 256, not {resolution}')
         if not 1 <= min_objects <= max_objects <= self.MAX_OBJECTS:
             raise DataError(
                 f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy '
                 f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}'
             )
         if seed < 0:
-            raise DataError(f'a seed must not be negative, as {seed} is')
+            raise DataError(f'the seed of shapes must not be negative, not {seed}')
         self.split, self.resolution, self.seed = split, resolution, seed
         self.min_objects, self.max_objects = min_objects, max_objects
         self.images = np.empty((size, resolution, resolution, 3), np.uint8)
         self.labels = np.empty((size, resolution, resolution), np.uint8)
-        # `delay` keeps the bar away from what is done in two seconds.
+        # `delay` shows the bar only if drawing takes longer than two seconds.
         for i in tqdm(range(size), f'drawing {split} shapes', unit=' images', delay=2, disable=None, leave=False):
             self.images[i], self.labels[i] = self.draw(i)
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H, W, 3] and labels uint8 [H, W] of sample `index`."""
+        """Returns image uint8 [H, W, 3] and labels uint8 [H, W] of sample `index`."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         image = np.full((3, self.resolution, self.resolution), 255 * rng.uniform(0.1, 0.9), np.float32)
         labels = np.zeros((self.resolution, self.resolution), np.uint8)
         count = rng.integers(self.min_objects, self.max_objects, endpoint=True)
-        areas = np.zeros(count + 1, int)  # of label 1, 2, ... in pixels, with nothing in front
-        visible = np.zeros(count + 1, int)  # what is left of it in sight
+        areas = np.zeros(count + 1, int)  # full area of label 1, 2, ... in pixels
+        visible = np.zeros(count + 1, int)  # area that is not hidden by later objects
         for label in range(1, count + 1):
             (rows, columns), coverage, hidden = self._place(rng, labels, areas, visible)
             inside = coverage > 0.5
@@ -168,13 +171,13 @@ class ShapesDataset(ImagesInMemory):
             labels[rows, columns][inside] = label
             visible -= hidden
             areas[label] = visible[label] = np.count_nonzero(inside)
-        return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels
+        return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels  # (H, W, 3), (H, W)
 
-    def _place(self, rng, labels, areas, visible):
-        """A random object that hides none of the earlier ones too much.
+    def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray, visible: np.ndarray):
+        """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible.
 
-        Returns the window of the image it lies in (two slices), its coverage [h, w] in [0, 1]
-        of the window's pixels, and how many pixels it hides of every label.
+        Returns the window of the image that contains it (two slices), the coverage [h, w] in [0, 1] of
+        the pixels of the window, and the number of pixels that the object hides of each label.
         """
         shape = SHAPES[rng.integers(len(SHAPES))]
         radius = max(rng.uniform(self.MIN_SIZE, self.MAX_SIZE) * self.resolution, self.MIN_RADIUS)
@@ -186,11 +189,11 @@ class ShapesDataset(ImagesInMemory):
                 hidden[0] = 0  # the background may be hidden
                 if (visible - hidden >= self.MIN_VISIBLE * areas).all():
                     return window, coverage, hidden
-            radius = max(0.8 * radius, self.MIN_RADIUS)  # crowded: smaller objects find a place
+            radius = max(0.8 * radius, self.MIN_RADIUS)  # a smaller object fits into a crowded image
 
     def _rasterise(self, shape: str, x: float, y: float, radius: float, angle: float):
-        """Window and coverage of one object: the distance to its edge, clipped to a pixel."""
-        reach = 1.6 * radius + 1  # the corners of a triangle are at 1.56 radii
+        """Returns window and coverage of one object: its signed distance from the edge, clipped to one pixel."""
+        reach = 1.6 * radius + 1  # the corners of a triangle are 1.56 radii from its centre
         rows, columns = (
             slice(max(int(centre - reach), 0), min(int(centre + reach) + 1, self.resolution)) for centre in (y, x)
         )
@@ -200,7 +203,7 @@ class ShapesDataset(ImagesInMemory):
             distance = np.sqrt(dx * dx + dy * dy) - radius
         else:
             sides = 3 if shape == 'triangle' else 4
-            apothem = radius * math.sqrt(math.pi / (sides * math.tan(math.pi / sides)))  # equal area
+            apothem = radius * math.sqrt(math.pi / (sides * math.tan(math.pi / sides)))  # for the area of the disc
             normals = [angle + side * 2 * math.pi / sides for side in range(sides)]
             edges = [math.cos(normal) * dx + math.sin(normal) * dy for normal in normals]
             distance = np.maximum.reduce(edges) - apothem
@@ -208,7 +211,7 @@ class ShapesDataset(ImagesInMemory):
 
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """A random RGB colour in [0, 1], saturated enough to stand out from any grey."""
+    """Returns a random RGB colour in [0, 1], saturated enough to stand out from any grey."""
     hue, saturation, value = rng.uniform((0, 0.6, 0.6), 1)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
 
@@ -216,21 +219,21 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
 # --- Published data sets ---------------------------------------------------------------------
 
 BUCKET = 'https://storage.googleapis.com/multi-object-datasets'
-CLEVR_WINDOW = (slice(29, 221), slice(64, 256))  # of 240 x 320: what the paper crops to
+CLEVR_WINDOW = (slice(29, 221), slice(64, 256))  # rows and columns of a 240x320 image that the paper crops to
 
 
 @dataclass(frozen=True)
 class Published:
-    """A data set of deepmind/multi_object_datasets: GZIP TFRecords of tf.train.Example."""
+    """A data set of github.com/google-deepmind/multi_object_datasets: GZIP TFRecords of tf.train.Example."""
 
-    path: str  # within the bucket; {} is the variant
+    path: str  # within the bucket; {} stands for the variant
     gigabytes: float | None
     height: int
     width: int
-    backgrounds: int = 1  # the first masks of a record are no objects
-    entities_last: bool = False  # masks [H, W, N, 1] instead of [N, H, W, 1]
+    backgrounds: int = 1  # number of leading masks of a record that are background
+    entities_last: bool = False  # masks are [H, W, N, 1] instead of [N, H, W, 1]
     window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
-    records: int | None = None  # that are enough; None: all
+    records: int = 100_000  # later records are not used
 
     def url(self, variant: str) -> str:
         return f'{BUCKET}/{self.path.format(variant)}'
@@ -239,33 +242,30 @@ class Published:
 VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
 PUBLISHED = {
     'clevr6': Published('clevr_with_masks/clevr_with_masks_train.tfrecords', 10.5, 240, 320, window=CLEVR_WINDOW),
-    'multi_dsprites': Published(
-        'multi_dsprites/multi_dsprites_{}.tfrecords', None, 64, 64, entities_last=True, records=100_000
-    ),
-    'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35, records=100_000),
-    'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4, records=100_000),
+    'multi_dsprites': Published('multi_dsprites/multi_dsprites_{}.tfrecords', None, 64, 64, entities_last=True),
+    'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35),
+    'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4),
 }
-# Shares of the records, in their order; of the 100,000 of CLEVR the paper trains on the first 70,000.
-SHARES = (0.7, 0.15, 0.15)
+SHARES = (0.7, 0.15, 0.15)  # train, val, test; of CLEVR's 100,000 records the paper trains on the first 70,000
 
 
 @dataclass
 class Scene:
     image: np.ndarray  # uint8 [h, w, 3]
-    labels: np.ndarray | None  # uint8 [h, w], 0 = background
+    labels: np.ndarray | None  # uint8 [resolution, resolution]
     num_objects: int
     record: int  # number within the source
-    done: float  # share of the source that has been read
-    split: int | None = None  # index of SPLITS where the source has splits of its own
+    done: float  # fraction of the source that has been read
+    split: int | None = None  # index into SPLITS, if the source itself has splits
 
 
 def read_records(path: Path) -> Iterator[tuple[bytes, float]]:
-    """Payloads of a TFRecord file, GZIP or plain, with the share of the file behind each.
+    """Yields the payload of each record of a TFRecord file, GZIP or plain, and the fraction read so far.
 
-    Lengths are checked against their checksums; the payload is left to GZIP's own, since its
-    crc32c takes a second per megabyte without a library. Raises DataError for a damaged file.
+    Checks the checksum of each length. The checksum of a payload is left to GZIP, because a CRC-32C in
+    Python takes a second per megabyte. Raises DataError for a damaged, incomplete or empty file.
     """
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # takes half a second
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
     number = 0
     with open(path, 'rb') as raw:
@@ -277,7 +277,7 @@ def read_records(path: Path) -> Iterator[tuple[bytes, float]]:
             while header := file.read(12):
                 length, checksum = struct.unpack('<QI', header)
                 if masked_crc32c(header[:8]) != checksum:
-                    raise DataError(f'{path}: record {number} is damaged: its length does not fit its checksum')
+                    raise DataError(f'{path}: record {number} is damaged: its length does not match its checksum')
                 payload = file.read(length)
                 if len(payload) < length or len(file.read(4)) < 4:
                     raise EOFError
@@ -291,65 +291,72 @@ def read_records(path: Path) -> Iterator[tuple[bytes, float]]:
         raise DataError(f'{path} holds no records')
 
 
+# tf.train.Example, except that a BytesList stays serialised: one object instead of a million one-byte strings.
+EXAMPLE = """
+name: "example.proto" package: "published" syntax: "proto3"
+message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
+message_type {
+  name: "Feature"
+  field { name: "bytes_list" number: 1 type: TYPE_BYTES }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".published.FloatList" }
+}
+message_type {
+  name: "Features"
+  field {
+    name: "feature" number: 1 type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Features.FeatureEntry"
+  }
+  nested_type {
+    name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" }
+  }
+}
+message_type {
+  name: "Example"
+  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" }
+}
+"""
+
+
 @cache
 def example_class() -> type:
-    """tf.train.Example, but a list of bytes stays as it is on the wire: one object, not a million."""
-    file = descriptor_pb2.FileDescriptorProto(name='example.proto', package='published', syntax='proto3')
-
-    def add(message, number: int, name: str, kind: str, type_name: str | None = None, many: bool = False) -> None:
-        field = message.field.add(number=number, name=name, type_name=type_name)
-        field.type = getattr(field, f'TYPE_{kind}')
-        field.label = field.LABEL_REPEATED if many else field.LABEL_OPTIONAL
-
-    floats = file.message_type.add(name='FloatList')
-    add(floats, 1, 'value', 'FLOAT', many=True)
-    feature = file.message_type.add(name='Feature')
-    add(feature, 1, 'bytes_list', 'BYTES')
-    add(feature, 2, 'float_list', 'MESSAGE', '.published.FloatList')
-    features = file.message_type.add(name='Features')
-    add(features, 1, 'feature', 'MESSAGE', '.published.Features.FeatureEntry', many=True)
-    entry = features.nested_type.add(name='FeatureEntry')
-    entry.options.map_entry = True
-    add(entry, 1, 'key', 'STRING')
-    add(entry, 2, 'value', 'MESSAGE', '.published.Feature')
-    example = file.message_type.add(name='Example')
-    add(example, 1, 'features', 'MESSAGE', '.published.Features')
+    """Returns the protobuf message class that EXAMPLE describes."""
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
 
 
-def bytes_of(features, name: str, places: int) -> np.ndarray:
-    """The one-byte strings of a feature, uint8, a multiple of `places`; on the wire each is 0A 01 and the byte."""
+def bytes_of(features, name: str, pixels: int) -> np.ndarray:
+    """Returns the one-byte strings of a feature, uint8 [n * pixels]. Each is serialised as 0A 01 and the byte."""
     if name not in features:
         raise DataError(f'it has no {name!r}')
     wire = np.frombuffer(features[name].bytes_list, np.uint8)
-    if not len(wire) or len(wire) % (3 * places) or tuple(wire[:2]) != (10, 1):
-        raise DataError(f'its {name!r} does not hold a byte for each of {places} pixels')
+    if not len(wire) or len(wire) % (3 * pixels) or tuple(wire[:2]) != (10, 1):
+        raise DataError(f'its {name!r} does not hold one byte for each of {pixels} pixels')
     return wire[2::3]
 
 
 def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Image [h, w, 3] of the kept window, labels [resolution, resolution], number of objects.
+    """Returns the image [h, w, 3] within the window, labels [resolution, resolution] and the number of objects.
 
-    Visibility has an entry for every background too, which does not count. A source without
-    visibility has an object where the mask has pixels.
+    `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`, an
+    object is counted if its mask has a pixel.
     """
     try:
         features = example_class().FromString(payload).features.feature
     except DecodeError as error:
-        raise DataError('it is damaged or no tf.train.Example') from error
+        raise DataError('it is damaged or not a tf.train.Example') from error
     height, width = source.height, source.width
-    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]
+    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]  # (h, w, C)
     if image.shape[2] not in (1, 3):
         raise DataError(f"its 'image' has {image.shape[2]} channels, not 1 or 3")
     masks = bytes_of(features, 'mask', height * width)
     if source.entities_last:
-        masks = masks.reshape(height, width, -1).transpose(2, 0, 1)
+        masks = masks.reshape(height, width, -1).transpose(2, 0, 1)  # (N, H, W)
     else:
         masks = masks.reshape(-1, height, width)
     rows, columns = (nearest(length, resolution) for length in image.shape[:2])
-    # Nearest neighbour first: fewer places at which to look for the strongest of the entities.
+    # Resizing before argmax leaves fewer pixels to take the argmax of.
     strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
     labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
     if 'visibility' in features:
@@ -360,11 +367,12 @@ def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[n
 
 
 def nearest(length: int, size: int) -> np.ndarray:
-    """The `size` of `length` places that nearest-neighbour resizing keeps: [size]."""
+    """Returns the indices [size] that nearest-neighbour resizing takes from `length` pixels."""
     return ((np.arange(size) + 0.5) * length / size).astype(int)
 
 
 def read_published(path: Path, source: Published, resolution: int) -> Iterator[Scene]:
+    """Yields the scenes of a published file. Raises DataError, with the number of the record, for a damaged one."""
     for number, (payload, done) in enumerate(read_records(path)):
         try:
             image, labels, count = decode_record(payload, source, resolution)
@@ -374,7 +382,11 @@ def read_published(path: Path, source: Published, resolution: int) -> Iterator[S
 
 
 def read_clevr_v1(folder: Path) -> Iterator[Scene]:
-    """Scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val becomes test."""
+    """Yields the scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val split becomes test.
+
+    Images are resized to height 240 and cropped to the rows of CLEVR_WINDOW and the 192 central columns.
+    Raises DataError for a JSON file that does not list scenes, and for missing pictures.
+    """
     files = [(name, folder / 'scenes' / f'CLEVR_{name}_scenes.json') for name in ('train', 'val')]
     scenes = []
     for name, file in files:
@@ -384,7 +396,7 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
             found = json.loads(file.read_text())['scenes']
             listed = [(folder / 'images' / name / s['image_filename'], len(s['objects'])) for s in found]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{file} is no list of CLEVR scenes ({type(error).__name__}: {error})') from error
+            raise DataError(f'{file} is not a list of CLEVR scenes ({type(error).__name__}: {error})') from error
         for index, (picture, count) in enumerate(listed):
             split = 0 if name == 'train' else 1 + (index >= len(listed) / 2)
             scenes.append((picture, count, split, file))
@@ -392,7 +404,7 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
         if not picture.is_file():
             raise DataError(f'{file} names {picture}, which is not there')
         image = open_picture(picture)
-        if (image.width, image.height) != (320, 240):  # published: 480 x 320
+        if (image.width, image.height) != (320, 240):  # published: 480x320
             image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
         rows = CLEVR_WINDOW[0]
         left = (image.width - (rows.stop - rows.start)) // 2

@@ -76,9 +76,9 @@ def test_a_crowded_small_image_still_holds_all_objects():
         (dict(min_objects=0), 'min_objects'),
         (dict(max_objects=99), 'max_objects'),
         (dict(split='all'), 'split'),
-        (dict(size=0), 'at least 1 image'),
+        (dict(size=0), 'number of images must be at least 1'),
         (dict(resolution=8), 'resolution'),
-        (dict(seed=-1), 'negative'),
+        (dict(seed=-1), 'must not be negative'),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):

@@ -252,7 +252,7 @@ def test_a_json_of_something_else_is_named(capsys):
     write_clevr_v1(Path('data/CLEVR_v1.0'))
     for text in ('{"scenes": [{"objects": []}]}', '[1, 2', '{"info": 1}'):
         Path('data/CLEVR_v1.0/scenes/CLEVR_train_scenes.json').write_text(text)
-        assert 'is no list of CLEVR scenes' in refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
+        assert 'is not a list of CLEVR scenes' in refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
 
 
 # What can be wrong with records and prepared files
@@ -285,11 +285,11 @@ def broken(kind: str, path: Path, record: bytes) -> None:
     [
         ('truncated gzip', 'not complete'),
         ('flipped byte in the gzip', 'damaged'),
-        ('flipped byte in the framing', 'length does not fit its checksum'),
+        ('flipped byte in the framing', 'length does not match its checksum'),
         ('cut plain file', 'ends within record 1'),
         ('no mask', "record 0 is not as expected: it has no 'mask'"),
         ('another size', 'record 0 is not as expected'),
-        ('no example', 'damaged or no tf.train.Example'),
+        ('no example', 'damaged or not a tf.train.Example'),
         ('nothing', 'holds no records'),
     ],
 )
