@@ -749,8 +749,8 @@ def prepare(
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # h5py's own text has many lines
         raise DataError(
-            f'{path} cannot be written: the folder is read-only or the disk is full; use another folder: python dataset.py '
-            f'--prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER, then train with --data_dir FOLDER'
+            f'{path} cannot be written: the folder is read-only or the disk is full; prepare it in another folder: '
+            f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
         ) from error
     finally:
         if part.exists():
