@@ -36,9 +36,10 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPException
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from shlex import quote
 
@@ -47,9 +48,8 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from google.protobuf.empty_pb2 import Empty
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
-from google.protobuf.unknown_fields import UnknownFieldSet
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -254,9 +254,6 @@ class Published:
     window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
     records: int = 100_000  # later records are not used
 
-    def url(self, variant: str) -> str:
-        return f'{BUCKET}/{self.path.format(variant)}'
-
 
 VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
 PUBLISHED = {
@@ -307,23 +304,33 @@ def read_records(path: Path) -> Iterator[bytes]:
     require(number > 0, f'{path} holds no records; {again}')
 
 
-def fields(message: bytes) -> list[tuple[int, bytes]]:
-    """Returns number and content of the fields of a serialised protobuf message that hold bytes or messages."""
-    return [
-        (field.field_number, field.data) for field in UnknownFieldSet(Empty.FromString(message)) if field.wire_type == 2
-    ]
+# tf.train.Example, except that a BytesList stays serialised: one object instead of a million one-byte strings.
+EXAMPLE = """
+name: "example.proto" package: "published" syntax: "proto3"
+message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
+message_type { name: "Feature" field { name: "bytes_list" number: 1 type: TYPE_BYTES }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".published.FloatList" } }
+message_type { name: "Features" field { name: "feature" number: 1
+    type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Features.FeatureEntry" }
+  nested_type { name: "FeatureEntry" options { map_entry: true } field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } } }
+message_type { name: "Example"
+  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" } }
+"""
 
 
-def parse_example(payload: bytes) -> dict[str, bytes]:
-    """Returns the features of a tf.train.Example as serialised lists: BytesList or FloatList."""
-    entries = [dict(fields(entry)) for _, features in fields(payload) for _, entry in fields(features)]
-    return {entry[1].decode(): fields(entry[2])[0][1] for entry in entries}
+@cache
+def example_class() -> type:
+    """Returns the protobuf message class that EXAMPLE describes."""
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
 
 
-def bytes_of(features: dict[str, bytes], name: str, pixels: int) -> np.ndarray:
+def bytes_of(features, name: str, pixels: int) -> np.ndarray:
     """Returns the one-byte strings of a feature, uint8 [n * pixels]. Each is serialised as 0A 01 and the byte."""
     require(name in features, f'it has no {name!r}')
-    wire = np.frombuffer(features[name], np.uint8)
+    wire = np.frombuffer(features[name].bytes_list, np.uint8)
     valid = len(wire) > 0 and len(wire) % (3 * pixels) == 0 and tuple(wire[:2]) == (10, 1)
     require(valid, f'its {name!r} does not hold one byte for each of {pixels} pixels')
     return wire[2::3]
@@ -332,12 +339,12 @@ def bytes_of(features: dict[str, bytes], name: str, pixels: int) -> np.ndarray:
 def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns the image [h, w, 3] within the window, labels [resolution, resolution] and the number of objects.
 
-    `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`, an
-    object is counted if its mask has a pixel.
+    `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`,
+    an object is counted if its mask has a pixel. Raises DataError.
     """
     try:
-        features = parse_example(payload)
-    except (DecodeError, KeyError, IndexError, ValueError) as error:
+        features = example_class().FromString(payload).features.feature
+    except DecodeError as error:
         raise DataError('it is damaged or not a tf.train.Example; fetch the file again') from error
     height, width = source.height, source.width
     image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]  # (h, w, C)
@@ -352,11 +359,10 @@ def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[n
     strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
     labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
     if 'visibility' in features:
-        visible = np.frombuffer(b''.join(value for _, value in fields(features['visibility'])), '<f4') > 0
-        visible = visible[source.backgrounds :]
+        visible = np.array(features['visibility'].float_list.value) > 0
     else:
-        visible = masks[source.backgrounds :].any(axis=(1, 2))
-    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible.sum())
+        visible = masks.any(axis=(1, 2))
+    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible[source.backgrounds :].sum())
 
 
 def nearest(length: int, size: int) -> np.ndarray:
@@ -411,6 +417,7 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
 # --- Pictures --------------------------------------------------------------------------------
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -431,7 +438,7 @@ def open_picture(path: Path) -> Image.Image:
             if sixteen_bits and max(high for _, high in image.getextrema()) < 16:
                 raise ValueError('it uses at most 12 bits of 16-bit channels; convert it to 8 bits')
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f'{path} cannot be read as a picture: {error}') from error
 
 
@@ -451,6 +458,30 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
 def read_picture(path: Path, resolution: int) -> np.ndarray:
     """Reads a picture, crops it to the central square and resizes it: uint8 [R, R, 3]. Raises DataError."""
     return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
+
+
+def read_mask(path: Path, picture: Path, size: tuple[int, int], resolution: int) -> np.ndarray:
+    """Reads the mask of a picture of `size` (width, height), crops it in the same way: labels uint8 [R, R].
+
+    Raises DataError for a mask of several channels, of 16 bits, or of another aspect ratio than the picture.
+    """
+    try:
+        with Image.open(path) as file:
+            mask, mode = ImageOps.exif_transpose(file), f'{file.format} mode {file.mode}'
+    except UNREADABLE as error:
+        raise DataError(f'mask {path} cannot be read: {error}; save it again') from error
+    require(
+        mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG'),
+        f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; '
+        "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')",
+    )
+    (width, height), (mask_width, mask_height) = size, mask.size
+    require(  # sides may have been rounded by a pixel
+        abs(mask_width * height - mask_height * width) <= max(*size, *mask.size),
+        f'mask {path} ({mask_width}x{mask_height}) and picture {picture} ({width}x{height}) differ in aspect ratio; '
+        'crop both in the same way',
+    )
+    return np.asarray(ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST), np.uint8)
 
 
 def find_pictures(folder: str | os.PathLike) -> list[Path]:
@@ -519,6 +550,16 @@ def split_by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
     return {'val': order[:num_val], 'train': order[num_val:end], 'test': order[end:]}
 
 
+def report(problems: list[str]) -> None:
+    """Prints problems, each of the form 'what is wrong; what to do', with one line for all that need the same."""
+    by_remedy: dict[str, list[str]] = {}
+    for what, _, remedy in (problem.rpartition('; ') for problem in sorted(problems)):
+        by_remedy.setdefault(remedy, []).append(what)
+    for remedy, whats in by_remedy.items():
+        more = f' (and {len(whats) - 1} more)' if len(whats) > 1 else ''
+        print(f'{whats[0]}{more}; {remedy}', file=sys.stderr)
+
+
 class PictureFolder(ImagesInMemory):
     """Pictures below a folder, cropped to the central square and resized; labels from their masks, if any.
 
@@ -551,13 +592,13 @@ class PictureFolder(ImagesInMemory):
             *sorted((name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items())
         )
         paths = split_by_name(names)[split][:size]
-        fits = len(paths) * resolution**2 * 4 <= memory_for_data()
+        fits = len(paths) * resolution**2 * 4 <= psutil.virtual_memory().available / 2
         require(fits, f'{len(paths)} pictures do not fit in memory: use a smaller --resolution or --train_size')
-        self.problems: dict[str, list[str]] = {}  # what to do: what is wrong with each file
-        if alone and split == 'train':
-            self.problems['give a mask the name of its picture'] = [f'mask {mask} has no picture' for mask in alone]
-        with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter lock
-            read = pool.map(self._read, paths, map(mask_of.get, paths))
+        self.problems = [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
+        if split != 'train':  # report masks without a picture once, not for each split
+            self.problems.clear()
+        with ThreadPool() as pool:  # PIL decodes without holding the interpreter lock
+            read = pool.imap(lambda path: self._read(path, mask_of[path]), paths)
             read = tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
             found = [pair for pair in read if pair is not None]
         require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read')
@@ -568,11 +609,9 @@ class PictureFolder(ImagesInMemory):
             ignored = np.full_like(labels[0], IGNORE)
             self.labels = np.stack([ignored if labels is None else labels for _, labels in found])
             if not (self.labels % IGNORE).any():
-                hint = f'number objects from 1; 0 is the background and {IGNORE} marks pixels that no score counts'
-                self.problems[hint] = [f'no {split} mask has an object']
-        for hint, reasons in self.problems.items():
-            others = f' (and {len(reasons) - 1} others)' if len(reasons) > 1 else ''
-            print(f'{min(reasons)}{others}; {hint}', file=sys.stderr)
+                meaning = f'0 is the background, and {IGNORE} marks pixels that no score counts'
+                self.problems.append(f'no {split} mask has an object; number objects from 1: {meaning}')
+        report(self.problems)
 
     def __str__(self) -> str:
         return f'{super().__str__()}, {self.num_masks:,} with a mask'
@@ -584,31 +623,13 @@ class PictureFolder(ImagesInMemory):
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
             return None
-        image = np.asarray(ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.BILINEAR))
-        return image, None if mask is None else self._read_mask(mask, path, picture.size)
-
-    def _read_mask(self, path: Path, picture: Path, size: tuple[int, int]) -> np.ndarray | None:
-        """Returns labels [R, R], or None and an entry in `problems` for a mask that does not fit its picture."""
-        kept = 'the pictures are used without these masks'
-        try:
-            with Image.open(path) as file:
-                mask = ImageOps.exif_transpose(file)
-                mode = f'{file.format} mode {file.mode}'
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problem, hint = f'mask {path} cannot be read: {error}', f'{kept}; save them again'
-        else:
-            (width, height), (mask_width, mask_height) = size, mask.size
-            one_pixel = max(*size, *mask.size)  # the tolerance, for sides that were rounded
-            if mask.mode not in ('1', 'L', 'P') or mode.startswith('JPEG'):
-                problem = f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels'
-                hint = f"{kept}; to convert one: Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')"
-            elif abs(mask_width * height - mask_height * width) > one_pixel:
-                sizes = f'{path} ({mask_width}x{mask_height}) and picture {picture} ({width}x{height})'
-                problem, hint = f'mask {sizes} differ in aspect ratio', f'{kept}; crop both in the same way'
-            else:
-                return np.asarray(ImageOps.fit(mask, (self.resolution,) * 2, Image.Resampling.NEAREST), np.uint8)
-        self.problems.setdefault(hint, []).append(problem)
-        return None
+        labels = None
+        if mask is not None:
+            try:
+                labels = read_mask(mask, path, picture.size, self.resolution)
+            except DataError as error:
+                self.problems.append(f'{error} (the picture is used without it)')
+        return np.asarray(ImageOps.fit(picture, (self.resolution,) * 2, Image.Resampling.BILINEAR)), labels
 
 
 # --- Preparing -------------------------------------------------------------------------------
@@ -641,7 +662,7 @@ def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
     return (
         f'{data_dir} has no {dataset}: it needs {Path(source.path.format(variant)).name}{size}{folder}.\n'
         f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {quote(str(data_dir))}\n'
-        f'  to download it yourself: {source.url(variant)}'
+        f'  to download it yourself: {BUCKET}/{source.path.format(variant)}'
     )
 
 
@@ -726,11 +747,12 @@ def prepare(
         if not fetch:
             raise DataError(missing_source(dataset, data_dir, variant))
         raw = data_dir / Path(source.path.format(variant)).name
-        download(url or source.url(variant), raw)
+        download(url or f'{BUCKET}/{source.path.format(variant)}', raw)
     if raw.is_dir():
         scenes = read_clevr_v1(raw)
     else:
         scenes = itertools.islice(read_published(raw, source, resolution), source.records)
+    require(os.access(raw, os.R_OK), f'{raw} cannot be read; check its permissions')
     path = prepared_path(dataset, Path(output_dir or data_dir), resolution, max_objects, variant, limit)
     part = path.with_name(f'.{path.name}.{os.getpid()}')  # differs from that of any other process
     try:
@@ -747,7 +769,7 @@ def prepare(
         with open(part, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # h5py's own text has many lines
+    except OSError as error:  # the text of h5py has many lines
         raise DataError(
             f'{path} cannot be written: the folder is read-only or the disk is full; prepare it in another folder: '
             f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
@@ -834,11 +856,6 @@ def resize(images: list[np.ndarray], size: int) -> np.ndarray:
 # --- Prepared files --------------------------------------------------------------------------
 
 
-def memory_for_data() -> float:
-    """Returns the number of bytes that a data set may occupy: half of the available memory."""
-    return psutil.virtual_memory().available / 2
-
-
 class PreparedDataset(ImagesInMemory):
     """One split of a file written by prepare(): in memory if it fits, else read batch by batch.
 
@@ -858,7 +875,7 @@ class PreparedDataset(ImagesInMemory):
                     len(self.rows) > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)'
                 )
                 nbytes = len(self.rows) * self.resolution**2 * 4
-                self.in_memory = nbytes < memory_for_data() if in_memory is None else in_memory
+                self.in_memory = nbytes < psutil.virtual_memory().available / 2 if in_memory is None else in_memory
                 if self.in_memory:
                     piece = slice(self.rows[0], self.rows[-1] + 1)  # a split is nearly contiguous
                     self.images, *labels = (file[name][piece][self.rows - piece.start] for name in self.names)
@@ -1052,7 +1069,8 @@ def create_parser() -> argparse.ArgumentParser:
     add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)', None,
         group, type=Path)
     add('--url', 'address to download the published file from', None, group)
-    add('--limit', 'stop after this many scenes; the .h5 file has the number in its name', None, group, type=int)
+    add('--limit', 'stop after this many scenes and add the number to the name of the file. Training needs scenes of '
+        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', None, group, type=int)
     # fmt: on
     return parser
 

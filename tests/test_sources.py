@@ -591,7 +591,7 @@ def test_masks_without_a_picture_are_named(capsys):
     draw(1)[1].save('folder/images/c01_mask.png')
     assert sum(len(part) for part in all_splits()) == 12
     error = capsys.readouterr().err
-    assert error.count('\n') == 1 and 'c01_mask.png has no picture' in error and '(and 1 others)' in error
+    assert error.count('\n') == 1 and 'c01_mask.png has no picture' in error and '(and 1 more)' in error
 
 
 def test_two_masks_of_one_picture_are_refused():
@@ -676,7 +676,7 @@ def test_a_mask_of_another_aspect_ratio_is_not_used(capsys):
     data = PictureFolder('folder', 'train')
     assert data.labels is None and len(data) > 6
     error = capsys.readouterr().err
-    assert error.count('\n') == 1 and f'(and {len(data) - 1} others)' in error
+    assert error.count('\n') == 1 and f'(and {len(data) - 1} more)' in error
     assert '_mask.png (36x36) and picture' in error and '(48x36) differ in aspect ratio' in error
 
 
@@ -727,7 +727,7 @@ def test_masks_of_another_mode_are_reported_in_one_line(capsys, mode, shown):
     data = PictureFolder('folder', 'train')
     assert data.labels is None and len(data) > 6
     error = capsys.readouterr().err
-    assert error.count('\n') == 1 and shown in error and f'(and {len(data) - 1} others)' in error
+    assert error.count('\n') == 1 and shown in error and f'(and {len(data) - 1} more)' in error
     assert "Image.fromarray(labels.astype('uint8')).save" in error
 
 
