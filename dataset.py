@@ -532,7 +532,8 @@ def walk(folder: Path, leave_out: Path | None = None) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         found += [Path(parent, name) for name in names if not name.startswith('.')]
     found = [path for path in found if path.suffix.lower() in PICTURES and path.is_file()]
-    return sorted(found, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split('([0-9]+)', str(path))])
+    split = re.compile('([0-9]+)').split  # digits have odd indices
+    return sorted(found, key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
 
 
 def key_of(path: Path, folder: Path) -> str:
@@ -638,9 +639,9 @@ class PictureFolder(ImagesInMemory):
 def prepared_path(
     dataset: str, folder: Path, resolution: int, max_objects: int, variant: str, limit: int | None = None
 ) -> Path:
+    """Returns the file that prepare() writes for these arguments."""
     name = f'{dataset}_{variant}' if dataset == 'multi_dsprites' else dataset
-    limited = '' if limit is None else f'_limit{limit}'
-    return folder / f'{name}_{resolution}_max{max_objects}{limited}.h5'
+    return folder / f'{name}_{resolution}_max{max_objects}{"" if limit is None else f"_limit{limit}"}.h5'
 
 
 def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
@@ -802,9 +803,7 @@ def count_records(path: Path, source: Published, seen: int | None) -> int:
     return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
 
 
-def _write_scenes(
-    file: h5py.File, scenes: Iterator[Scene], resolution: int, max_objects: int, limit: int | None
-) -> int:
+def _write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
     """Writes scenes to `file`, 64 at a time, and returns the number read. Raises DataError if none is kept."""
     seen = 0
 
@@ -817,7 +816,7 @@ def _write_scenes(
 
     some = itertools.islice(kept(), limit)
     while batch := list(itertools.islice(some, 64)):
-        _append_scenes(file, batch, resolution)
+        _append_scenes(file, batch, size)
     require('image' in file, f'none of {seen} scenes has at most {max_objects} objects')
     file.attrs['scenes_read'] = seen
     return seen
@@ -1149,7 +1148,7 @@ def main(args: argparse.Namespace) -> int:
         print(f'dataset.py: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('interrupted; a download can be continued with the same command', file=sys.stderr)
+        print(f'interrupted{"; the same command continues a download" if args.prepare else ""}', file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""Shapes are repeatable, disjoint between splits, labelled as drawn, and come in whole batches."""
+"""Tests of shapes (repeatable, disjoint splits, labels as drawn), loaders (whole batches) and the command line."""
 
 import signal
 import subprocess
