@@ -383,7 +383,6 @@ def read_published(path: Path, source: Published, resolution: int) -> Iterator[S
 def read_clevr_v1(folder: Path) -> Iterator[Scene]:
     """Yields the scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val split becomes test.
 
-    Images are resized to height 240 and cropped to the rows of CLEVR_WINDOW and the 192 central columns.
     Raises DataError for a JSON file that does not list scenes, and for missing pictures.
     """
     scenes = []
@@ -405,13 +404,20 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
             scenes.append((picture, count, 0 if name == 'train' else 1 + (index >= len(listed) / 2)))
     require(len(scenes) > 0, f'{folder / "scenes"} has neither CLEVR_train_scenes.json nor CLEVR_val_scenes.json')
     for number, (picture, count, split) in enumerate(scenes):
-        image = open_picture(picture)
-        if (image.width, image.height) != (320, 240):  # published: 480x320
-            image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
-        rows = CLEVR_WINDOW[0]
-        left = (image.width - (rows.stop - rows.start)) // 2
-        pixels = np.asarray(image)[rows, left : left + rows.stop - rows.start]
-        yield Scene(pixels, None, count, number, split)
+        yield Scene(crop_clevr(picture), None, count, number, split)
+
+
+def crop_clevr(path: Path) -> np.ndarray:
+    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3].
+
+    A picture of another size, such as the 480x320 of CLEVR_v1.0, is first resized to height 240. Raises DataError.
+    """
+    image, rows = open_picture(path), CLEVR_WINDOW[0]
+    if image.size != (320, 240):
+        image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
+    left = (image.width - (rows.stop - rows.start)) // 2
+    require(left >= 0, f'{path} is too narrow for the crop of clevr6: its width must be at least 0.8 times its height')
+    return np.asarray(image)[rows, left : left + rows.stop - rows.start]
 
 
 # --- Pictures --------------------------------------------------------------------------------
@@ -455,8 +461,13 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
     return (values * (255 / full) + 0.5).astype(np.uint8)
 
 
-def read_picture(path: Path, resolution: int) -> np.ndarray:
-    """Reads a picture, crops it to the central square and resizes it: uint8 [R, R, 3]. Raises DataError."""
+def read_picture(path: Path, resolution: int, dataset_type: str = 'images') -> np.ndarray:
+    """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError.
+
+    The crop is that of the paper for 'clevr6' and the central square otherwise.
+    """
+    if dataset_type == 'clevr6':
+        return resize([crop_clevr(path)], resolution)[0]
     return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
 
 
@@ -1055,10 +1066,10 @@ def create_parser() -> argparse.ArgumentParser:
     add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], group, choices=VARIANTS)
     add('--resolution', f'side of the square images in pixels, {RESOLUTIONS[0]} to {RESOLUTIONS[1]} (default: {sizes})',
         None, group, type=int)
-    add('--max_objects', 'largest number of objects in an image, for all sources but images; scenes with more objects '
-        'are left out', 6, group, type=int)
-    add('--min_objects', 'shapes: smallest number of objects in an image', 2, group, type=int)
-    add('--data_seed', 'shapes: seed of the drawing', 0, group, type=int)
+    add('--max_objects', 'largest number of objects in an image, 1 to 16 for shapes; published scenes with more are '
+        'left out; not for images', 6, group, type=int)
+    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, group, type=int)
+    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, group, type=int)
     group = parser.add_argument_group('sample sheet')
     add('--num_images', 'number of images to load and count, at least 32', 1000, group, type=int)
     add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), group, type=Path)

@@ -324,6 +324,15 @@ def test_large_pictures_are_cropped_at_the_centre():
     assert np.allclose(row, (np.arange(84, 276) + 0.5) * 4 / 3 / 2 - 0.5, atol=1)
 
 
+def test_a_picture_is_cropped_and_resized_as_in_the_training_data(clevr, clevr_dir):
+    Image.fromarray(clevr[1][1][0]).save('scene.png')
+    with h5py.File(prepare('clevr6', clevr_dir, 128)) as file:
+        assert np.array_equal(dataset.read_picture(Path('scene.png'), 128, 'clevr6'), file['image'][1])
+    Image.new('RGB', (100, 200)).save('narrow.png')
+    with pytest.raises(DataError, match=r'narrow.png is too narrow for the crop of clevr6'):
+        dataset.read_picture(Path('narrow.png'), 128, 'clevr6')
+
+
 def test_missing_pictures_are_counted_before_any_is_read(capsys, monkeypatch):
     write_clevr_v1(Path('data/CLEVR_v1.0'))
     for number in (1, 4, 5):
