@@ -1,47 +1,61 @@
-"""Where the images come from: every source as one Dataset shape and one create_dataloader.
+"""Image sources for object discovery: one Dataset interface and one create_dataloader() for all of them.
 
-    python dataset.py                                      # a sheet of shapes, and how fast they come
-    python dataset.py --prepare clevr6 --data_dir data     # published records -> data/clevr6_128_max6.h5
-    python dataset.py --dataset clevr6 --data_dir data     # a sheet of what was prepared
+    python dataset.py                                       # draws samples.png: images of shapes and their masks
+    python dataset.py --prepare clevr6 --data_dir data      # writes data/clevr6_128_max6.h5 from the published file
+    python dataset.py --dataset clevr6 --data_dir data      # draws samples.png from the prepared file
+    python dataset.py --dataset images --data_dir pictures  # draws samples.png from a folder of pictures
 
     from dataset import create_dataloader
     train_loader, val_loader = create_dataloader(dataset_type='shapes', batch_size=32, resolution=64)
 
-A batch is a dict: `image` float32 [B, 3, H, W] in [-1, 1] and, where the source has masks, `mask`
-int64 [B, H, W] with 0 for the background and 1, 2, ... for the objects.
+A batch is a dict with `image`, float32 [B, 3, H, W] in [-1, 1], and, if the source has masks, `mask`,
+int64 [B, H, W]: 0 is the background and 1 to 254 are objects. 255 (IGNORE) marks pixels that every score
+leaves out, such as the outlines in Pascal VOC. If some pictures of a folder have masks, a picture without
+one has the label 255 everywhere.
 """
+
+import os
+import signal
+import sys
+
+if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: (print('interrupted', file=sys.stderr), os._exit(130)))
 
 import argparse
 import colorsys
+import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import math
-import os
+import re
 import struct
-import sys
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
-from pathlib import Path
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath
+from shlex import quote
 
 import h5py
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-# Every source, and what is asked of it when nothing is said: side of the images, slots.
+# Default resolution (side of the square images in pixels) and default number of slots of each source.
 SIZES = {
     'shapes': (64, 7),
     'clevr6': (128, 7),
@@ -52,22 +66,31 @@ SIZES = {
 }
 DATASETS = tuple(SIZES)
 SPLITS = ('train', 'val', 'test')
+IGNORE = 255  # the label of pixels that are left out of every score
+RESOLUTIONS = (16, 256)  # smallest and largest
 SHAPES = ('circle', 'square', 'triangle')
-SHAPES_SIZE = 10_000  # training images, when nothing is said
+SHAPES_SIZE = 10_000  # default number of training images
 
 
 class DataError(ValueError):
-    """A source or a request that gives no images; the message says why in one line."""
+    """Raised for a source or a request that yields no images; the message is one line for the user."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises DataError unless the condition holds."""
+    if not condition:
+        raise DataError(message)
 
 
 # --- In memory -------------------------------------------------------------------------------
 
 
 class ImagesInMemory(Dataset):
-    """`images` uint8 [N, H, W, 3] and, where there are masks, `labels` uint8 [N, H, W], else None."""
+    """Base class: `images` uint8 [N, H, W, 3] and `labels` uint8 [N, H, W], or None without masks."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
+    fingerprint: str  # identifies the images of all splits of the source
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,28 +99,33 @@ class ImagesInMemory(Dataset):
         size = self.images.nbytes + (0 if self.labels is None else self.labels.nbytes)
         return f'{len(self):,} images, {size / 1e9:.2f} GB in memory'
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once; DataLoader calls this instead of `__getitem__` B times."""
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Returns a whole batch; DataLoader calls this instead of `__getitem__` B times."""
         return to_batch(self.images[indices], None if self.labels is None else self.labels[indices])
 
 
-def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-    """uint8 [B, H, W, 3] and labels [B, H, W] -> a batch as described at the top of this file."""
-    image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # stays channels_last in memory
+def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Tensor]:
+    """Converts uint8 images [B, H, W, 3] and labels [B, H, W] to a batch (see the module docstring)."""
+    image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels_last in memory
     batch = {'image': image.mul_(2 / 255).sub_(1)}
     if labels is not None:
         batch['mask'] = torch.from_numpy(labels).long()
     return batch
 
 
-def flip(batch: dict[str, torch.Tensor], flipped: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The images where `flipped` (bool [B]) mirrored left to right, and their labels with them."""
+def digest(*parts: object) -> str:
+    """Returns a hash of 16 hexadecimal digits."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def flip(batch: dict[str, Tensor], flipped: Tensor) -> dict[str, Tensor]:
+    """Mirrors the images and masks of a batch left to right where `flipped` (bool [B]) is true."""
     out = {}
     for name, values in batch.items():
-        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))
+        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))  # (B, 1, ..., 1)
         out[name] = torch.where(where, values.flip(-1), values)
     return out
 
@@ -108,58 +136,52 @@ def flip(batch: dict[str, torch.Tensor], flipped: torch.Tensor) -> dict[str, tor
 class ShapesDataset(ImagesInMemory):
     """Circles, squares and triangles on a grey background, with instance labels.
 
-    Place, size, rotation, colour and number are random; objects may overlap, but each keeps at
-    least MIN_VISIBLE of its area in sight. Image i depends on (seed, split, i) alone: it is the
-    same in a data set of any size, and no two splits share a sample. Everything is drawn once
-    and kept in memory: `images` uint8 [N, H, W, 3], `labels` uint8 [N, H, W].
+    The number of objects and their shape, position, size, rotation and colour are random. Objects may
+    overlap, but at least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed,
+    split, i): it does not depend on `size`, and no two splits share an image. All images are drawn in the
+    constructor and kept in memory.
 
-    Raises DataError for a split, size, resolution or number of objects that cannot be drawn.
+    Raises DataError for an unknown split, and for a size, resolution (16 to 256 pixels), number of objects
+    (1 to 16) or seed out of range.
     """
 
-    # The size of an object is the radius of the disc of equal area, as a share of the image side.
+    # The size of an object is the radius of the disc of equal area, as a fraction of the image side.
     MIN_SIZE, MAX_SIZE = 0.09, 0.17
     MIN_VISIBLE = 0.6
-    MIN_RADIUS = 1.3  # pixels; what is smaller may cover no pixel's centre
+    MIN_RADIUS = 1.3  # pixels; a smaller object may cover no pixel centre
     MAX_OBJECTS = 16
 
     def __init__(
-        self,
-        split: str = 'train',
-        size: int = SHAPES_SIZE,
-        resolution: int = 64,
-        max_objects: int = 6,
-        min_objects: int = 2,
-        seed: int = 0,
-    ):
-        if split not in SPLITS:
-            raise DataError(f'split must be one of {", ".join(SPLITS)}, not {split!r}')
-        if size < 1:
-            raise DataError(f'a data set needs at least 1 image, not {size}')
-        if not 16 <= resolution <= 256:
-            raise DataError(f'shapes are drawn at a resolution from 16 to 256, not {resolution}')
-        if not 1 <= min_objects <= max_objects <= self.MAX_OBJECTS:
-            raise DataError(
-                f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy '
-                f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}'
-            )
-        if seed < 0:
-            raise DataError(f'a seed must not be negative, as {seed} is')
+        self, split: str = 'train', size: int = SHAPES_SIZE, resolution: int = 64,
+        max_objects: int = 6, min_objects: int = 2, seed: int = 0,
+    ):  # fmt: skip
+        low, high = RESOLUTIONS
+        require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
+        require(size >= 1, f'the number of images must be at least 1, not {size}')
+        require(low <= resolution <= high, f'the resolution of shapes must be from {low} to {high}, not {resolution}')
+        require(
+            1 <= min_objects <= max_objects <= self.MAX_OBJECTS,
+            f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy '
+            f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}',
+        )
+        require(seed >= 0, f'the seed of shapes must not be negative, not {seed}')
         self.split, self.resolution, self.seed = split, resolution, seed
         self.min_objects, self.max_objects = min_objects, max_objects
+        self.fingerprint = digest('shapes', resolution, max_objects, min_objects, seed)
         self.images = np.empty((size, resolution, resolution, 3), np.uint8)
         self.labels = np.empty((size, resolution, resolution), np.uint8)
-        # `delay` keeps the bar away from what is done in two seconds.
+        # `delay` shows the bar only if drawing takes longer than two seconds.
         for i in tqdm(range(size), f'drawing {split} shapes', unit=' images', delay=2, disable=None, leave=False):
             self.images[i], self.labels[i] = self.draw(i)
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H, W, 3] and labels uint8 [H, W] of sample `index`."""
+        """Returns image uint8 [H, W, 3] and labels uint8 [H, W] of sample `index`."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         image = np.full((3, self.resolution, self.resolution), 255 * rng.uniform(0.1, 0.9), np.float32)
         labels = np.zeros((self.resolution, self.resolution), np.uint8)
         count = rng.integers(self.min_objects, self.max_objects, endpoint=True)
-        areas = np.zeros(count + 1, int)  # of label 1, 2, ... in pixels, with nothing in front
-        visible = np.zeros(count + 1, int)  # what is left of it in sight
+        areas = np.zeros(count + 1, int)  # full area of label 1, 2, ... in pixels
+        visible = np.zeros(count + 1, int)  # area that is not hidden by later objects
         for label in range(1, count + 1):
             (rows, columns), coverage, hidden = self._place(rng, labels, areas, visible)
             inside = coverage > 0.5
@@ -168,13 +190,13 @@ class ShapesDataset(ImagesInMemory):
             labels[rows, columns][inside] = label
             visible -= hidden
             areas[label] = visible[label] = np.count_nonzero(inside)
-        return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels
+        return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels  # (H, W, 3), (H, W)
 
-    def _place(self, rng, labels, areas, visible):
-        """A random object that hides none of the earlier ones too much.
+    def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray, visible: np.ndarray):
+        """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible.
 
-        Returns the window of the image it lies in (two slices), its coverage [h, w] in [0, 1]
-        of the window's pixels, and how many pixels it hides of every label.
+        Returns the window of the image that contains it (two slices), the coverage [h, w] in [0, 1] of
+        the pixels of the window, and the number of pixels that the object hides of each label.
         """
         shape = SHAPES[rng.integers(len(SHAPES))]
         radius = max(rng.uniform(self.MIN_SIZE, self.MAX_SIZE) * self.resolution, self.MIN_RADIUS)
@@ -186,11 +208,11 @@ class ShapesDataset(ImagesInMemory):
                 hidden[0] = 0  # the background may be hidden
                 if (visible - hidden >= self.MIN_VISIBLE * areas).all():
                     return window, coverage, hidden
-            radius = max(0.8 * radius, self.MIN_RADIUS)  # crowded: smaller objects find a place
+            radius = max(0.8 * radius, self.MIN_RADIUS)  # a smaller object fits into a crowded image
 
     def _rasterise(self, shape: str, x: float, y: float, radius: float, angle: float):
-        """Window and coverage of one object: the distance to its edge, clipped to a pixel."""
-        reach = 1.6 * radius + 1  # the corners of a triangle are at 1.56 radii
+        """Returns window and coverage of one object: its signed distance from the edge, clipped to one pixel."""
+        reach = 1.6 * radius + 1  # the corners of a triangle are 1.56 radii from its centre
         rows, columns = (
             slice(max(int(centre - reach), 0), min(int(centre + reach) + 1, self.resolution)) for centre in (y, x)
         )
@@ -200,7 +222,7 @@ class ShapesDataset(ImagesInMemory):
             distance = np.sqrt(dx * dx + dy * dy) - radius
         else:
             sides = 3 if shape == 'triangle' else 4
-            apothem = radius * math.sqrt(math.pi / (sides * math.tan(math.pi / sides)))  # equal area
+            apothem = radius * math.sqrt(math.pi / (sides * math.tan(math.pi / sides)))  # for the area of the disc
             normals = [angle + side * 2 * math.pi / sides for side in range(sides)]
             edges = [math.cos(normal) * dx + math.sin(normal) * dy for normal in normals]
             distance = np.maximum.reduce(edges) - apothem
@@ -208,7 +230,7 @@ class ShapesDataset(ImagesInMemory):
 
 
 def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """A random RGB colour in [0, 1], saturated enough to stand out from any grey."""
+    """Returns a random RGB colour in [0, 1], saturated enough to stand out from any grey."""
     hue, saturation, value = rng.uniform((0, 0.6, 0.6), 1)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
 
@@ -216,215 +238,426 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
 # --- Published data sets ---------------------------------------------------------------------
 
 BUCKET = 'https://storage.googleapis.com/multi-object-datasets'
-CLEVR_WINDOW = (slice(29, 221), slice(64, 256))  # of 240 x 320: what the paper crops to
+CLEVR_WINDOW = (slice(29, 221), slice(64, 256))  # rows and columns of a 240x320 image that the paper crops to
 
 
 @dataclass(frozen=True)
 class Published:
-    """A data set of deepmind/multi_object_datasets: GZIP TFRecords of tf.train.Example."""
+    """A data set of github.com/google-deepmind/multi_object_datasets: GZIP TFRecords of tf.train.Example."""
 
-    path: str  # within the bucket; {} is the variant
+    path: str  # within the bucket; {} stands for the variant
     gigabytes: float | None
     height: int
     width: int
-    backgrounds: int = 1  # the first masks of a record are no objects
-    entities_last: bool = False  # masks [H, W, N, 1] instead of [N, H, W, 1]
+    backgrounds: int = 1  # number of leading masks of a record that are background
+    entities_last: bool = False  # masks are [H, W, N, 1] instead of [N, H, W, 1]
     window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
-    records: int | None = None  # that are enough; None: all
-
-    def url(self, variant: str) -> str:
-        return f'{BUCKET}/{self.path.format(variant)}'
+    records: int = 100_000  # later records are not used
 
 
 VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
 PUBLISHED = {
     'clevr6': Published('clevr_with_masks/clevr_with_masks_train.tfrecords', 10.5, 240, 320, window=CLEVR_WINDOW),
-    'multi_dsprites': Published(
-        'multi_dsprites/multi_dsprites_{}.tfrecords', None, 64, 64, entities_last=True, records=100_000
-    ),
-    'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35, records=100_000),
-    'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4, records=100_000),
+    'multi_dsprites': Published('multi_dsprites/multi_dsprites_{}.tfrecords', None, 64, 64, entities_last=True),
+    'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35),
+    'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4),
 }
-# Shares of the records, in their order; of the 100,000 of CLEVR the paper trains on the first 70,000.
-SHARES = (0.7, 0.15, 0.15)
+SHARES = (0.7, 0.15, 0.15)  # train, val, test; of CLEVR's 100,000 records the paper trains on the first 70,000
 
 
 @dataclass
 class Scene:
     image: np.ndarray  # uint8 [h, w, 3]
-    labels: np.ndarray | None  # uint8 [h, w], 0 = background
+    labels: np.ndarray | None  # uint8 [resolution, resolution]
     num_objects: int
     record: int  # number within the source
-    done: float  # share of the source that has been read
-    split: int | None = None  # index of SPLITS where the source has splits of its own
+    split: int | None = None  # index into SPLITS, if the source itself has splits
 
 
-def read_records(path: Path) -> Iterator[tuple[bytes, float]]:
-    """Payloads of a TFRecord file, GZIP or plain, with the share of the file behind each.
+def read_records(path: Path) -> Iterator[bytes]:
+    """Yields the payload of each record of a TFRecord file, GZIP or plain.
 
-    Lengths are checked against their checksums; the payload is left to GZIP's own, since its
-    crc32c takes a second per megabyte without a library. Raises DataError for a damaged file.
+    Checks the checksum of each length. The checksum of a payload is left to GZIP, because a CRC-32C in
+    Python takes a second per megabyte. Raises DataError for a damaged, incomplete or empty file.
     """
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # takes half a second
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
-    number = 0
+    number, again = 0, 'delete the file and fetch it again'
     with open(path, 'rb') as raw:
         zipped = raw.read(2) == b'\x1f\x8b'
         raw.seek(0)
         file = gzip.GzipFile(fileobj=raw) if zipped else raw
-        size = max(os.fstat(raw.fileno()).st_size, 1)
         try:
             while header := file.read(12):
                 length, checksum = struct.unpack('<QI', header)
                 if masked_crc32c(header[:8]) != checksum:
-                    raise DataError(f'{path}: record {number} is damaged: its length does not fit its checksum')
+                    raise zlib.error('its length does not match its checksum')
                 payload = file.read(length)
                 if len(payload) < length or len(file.read(4)) < 4:
                     raise EOFError
-                yield payload, raw.tell() / size
+                yield payload
                 number += 1
         except (EOFError, struct.error) as error:
-            raise DataError(f'{path} ends within record {number}: the file is not complete') from error
+            raise DataError(f'{path} ends within record {number}: it is not complete; {again}') from error
         except (zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f'{path} is damaged after record {number}: {error}') from error
-    if not number:
-        raise DataError(f'{path} holds no records')
+            raise DataError(f'{path}: record {number} is damaged: {error}; {again}') from error
+    require(number > 0, f'{path} holds no records; {again}')
+
+
+# tf.train.Example, except that a BytesList stays serialised: one object instead of a million one-byte strings.
+EXAMPLE = """
+name: "example.proto" package: "published" syntax: "proto3"
+message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
+message_type { name: "Feature" field { name: "bytes_list" number: 1 type: TYPE_BYTES }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".published.FloatList" } }
+message_type { name: "Features" field { name: "feature" number: 1
+    type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Features.FeatureEntry" }
+  nested_type { name: "FeatureEntry" options { map_entry: true } field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } } }
+message_type { name: "Example"
+  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" } }
+"""
 
 
 @cache
 def example_class() -> type:
-    """tf.train.Example, but a list of bytes stays as it is on the wire: one object, not a million."""
-    file = descriptor_pb2.FileDescriptorProto(name='example.proto', package='published', syntax='proto3')
-
-    def add(message, number: int, name: str, kind: str, type_name: str | None = None, many: bool = False) -> None:
-        field = message.field.add(number=number, name=name, type_name=type_name)
-        field.type = getattr(field, f'TYPE_{kind}')
-        field.label = field.LABEL_REPEATED if many else field.LABEL_OPTIONAL
-
-    floats = file.message_type.add(name='FloatList')
-    add(floats, 1, 'value', 'FLOAT', many=True)
-    feature = file.message_type.add(name='Feature')
-    add(feature, 1, 'bytes_list', 'BYTES')
-    add(feature, 2, 'float_list', 'MESSAGE', '.published.FloatList')
-    features = file.message_type.add(name='Features')
-    add(features, 1, 'feature', 'MESSAGE', '.published.Features.FeatureEntry', many=True)
-    entry = features.nested_type.add(name='FeatureEntry')
-    entry.options.map_entry = True
-    add(entry, 1, 'key', 'STRING')
-    add(entry, 2, 'value', 'MESSAGE', '.published.Feature')
-    example = file.message_type.add(name='Example')
-    add(example, 1, 'features', 'MESSAGE', '.published.Features')
+    """Returns the protobuf message class that EXAMPLE describes."""
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
 
 
-def bytes_of(features, name: str, places: int) -> np.ndarray:
-    """The one-byte strings of a feature, uint8, a multiple of `places`; on the wire each is 0A 01 and the byte."""
-    if name not in features:
-        raise DataError(f'it has no {name!r}')
+def bytes_of(features, name: str, pixels: int) -> np.ndarray:
+    """Returns the one-byte strings of a feature, uint8 [n * pixels]. Each is serialised as 0A 01 and the byte."""
+    require(name in features, f'it has no {name!r}')
     wire = np.frombuffer(features[name].bytes_list, np.uint8)
-    if not len(wire) or len(wire) % (3 * places) or tuple(wire[:2]) != (10, 1):
-        raise DataError(f'its {name!r} does not hold a byte for each of {places} pixels')
+    valid = len(wire) > 0 and len(wire) % (3 * pixels) == 0 and tuple(wire[:2]) == (10, 1)
+    require(valid, f'its {name!r} does not hold one byte for each of {pixels} pixels')
     return wire[2::3]
 
 
 def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Image [h, w, 3] of the kept window, labels [resolution, resolution], number of objects.
+    """Returns the image [h, w, 3] within the window, labels [resolution, resolution] and the number of objects.
 
-    Visibility has an entry for every background too, which does not count. A source without
-    visibility has an object where the mask has pixels.
+    `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`,
+    an object is counted if its mask has a pixel. Raises DataError.
     """
     try:
         features = example_class().FromString(payload).features.feature
     except DecodeError as error:
-        raise DataError('it is damaged or no tf.train.Example') from error
+        raise DataError('it is damaged or not a tf.train.Example; fetch the file again') from error
     height, width = source.height, source.width
-    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]
-    if image.shape[2] not in (1, 3):
-        raise DataError(f"its 'image' has {image.shape[2]} channels, not 1 or 3")
+    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]  # (h, w, C)
+    require(image.shape[2] in (1, 3), f"its 'image' has {image.shape[2]} channels, not 1 or 3")
     masks = bytes_of(features, 'mask', height * width)
     if source.entities_last:
-        masks = masks.reshape(height, width, -1).transpose(2, 0, 1)
+        masks = masks.reshape(height, width, -1).transpose(2, 0, 1)  # (N, H, W)
     else:
         masks = masks.reshape(-1, height, width)
     rows, columns = (nearest(length, resolution) for length in image.shape[:2])
-    # Nearest neighbour first: fewer places at which to look for the strongest of the entities.
+    # Resizing before argmax leaves fewer pixels to take the argmax of.
     strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
     labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
     if 'visibility' in features:
-        visible = np.array(features['visibility'].float_list.value)[source.backgrounds :] > 0
+        visible = np.array(features['visibility'].float_list.value) > 0
     else:
-        visible = masks[source.backgrounds :].any(axis=(1, 2))
-    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible.sum())
+        visible = masks.any(axis=(1, 2))
+    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible[source.backgrounds :].sum())
 
 
 def nearest(length: int, size: int) -> np.ndarray:
-    """The `size` of `length` places that nearest-neighbour resizing keeps: [size]."""
+    """Returns the indices [size] that nearest-neighbour resizing takes from `length` pixels."""
     return ((np.arange(size) + 0.5) * length / size).astype(int)
 
 
 def read_published(path: Path, source: Published, resolution: int) -> Iterator[Scene]:
-    for number, (payload, done) in enumerate(read_records(path)):
+    """Yields the scenes of a published file. Raises DataError, with the number of the record, for a damaged one."""
+    for number, payload in enumerate(read_records(path)):
         try:
             image, labels, count = decode_record(payload, source, resolution)
         except DataError as error:
             raise DataError(f'{path}: record {number} is not as expected: {error}') from error
-        yield Scene(image, labels, count, number, done)
+        yield Scene(image, labels, count, number)
 
 
 def read_clevr_v1(folder: Path) -> Iterator[Scene]:
-    """Scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val becomes test."""
-    files = [(name, folder / 'scenes' / f'CLEVR_{name}_scenes.json') for name in ('train', 'val')]
+    """Yields the scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val split becomes test.
+
+    Raises DataError for a JSON file that does not list scenes, and for missing pictures.
+    """
     scenes = []
-    for name, file in files:
+    for name in ('train', 'val'):
+        file = folder / 'scenes' / f'CLEVR_{name}_scenes.json'
         if not file.is_file():
             continue
         try:
             found = json.loads(file.read_text())['scenes']
             listed = [(folder / 'images' / name / s['image_filename'], len(s['objects'])) for s in found]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{file} is no list of CLEVR scenes ({type(error).__name__}: {error})') from error
+            raise DataError(f'{file} is not a list of CLEVR scenes ({type(error).__name__}: {error})') from error
+        require(len(listed) > 0, f'{file} lists no scenes; fetch the file again')
+        missing = [picture for picture, _ in listed if not picture.is_file()]
+        if missing:
+            count = f'{len(missing)} of the {len(listed)} pictures that {file} names are missing'
+            raise DataError(f'{count}, the first is {missing[0]}; fetch them again')
         for index, (picture, count) in enumerate(listed):
-            split = 0 if name == 'train' else 1 + (index >= len(listed) / 2)
-            scenes.append((picture, count, split, file))
-    for number, (picture, count, split, file) in enumerate(scenes):
-        if not picture.is_file():
-            raise DataError(f'{file} names {picture}, which is not there')
-        image = open_picture(picture)
-        if (image.width, image.height) != (320, 240):  # published: 480 x 320
-            image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
-        rows = CLEVR_WINDOW[0]
-        left = (image.width - (rows.stop - rows.start)) // 2
-        pixels = np.asarray(image)[rows, left : left + rows.stop - rows.start]
-        yield Scene(pixels, None, count, number, (number + 1) / len(scenes), split)
+            scenes.append((picture, count, 0 if name == 'train' else 1 + (index >= len(listed) / 2)))
+    require(len(scenes) > 0, f'{folder / "scenes"} has neither CLEVR_train_scenes.json nor CLEVR_val_scenes.json')
+    for number, (picture, count, split) in enumerate(scenes):
+        yield Scene(crop_clevr(picture), None, count, number, split)
+
+
+def crop_clevr(path: Path) -> np.ndarray:
+    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3].
+
+    A picture of another size, such as the 480x320 of CLEVR_v1.0, is first resized to height 240. Raises DataError.
+    """
+    image, rows = open_picture(path), CLEVR_WINDOW[0]
+    if image.size != (320, 240):
+        image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
+    left = (image.width - (rows.stop - rows.start)) // 2
+    require(left >= 0, f'{path} is too narrow for the crop of clevr6: its width must be at least 0.8 times its height')
+    return np.asarray(image)[rows, left : left + rows.stop - rows.start]
+
+
+# --- Pictures --------------------------------------------------------------------------------
+
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Any picture as RGB: upright, 16 bits reduced to 8, what is transparent on white. Raises DataError."""
+    """Opens a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white.
+
+    Raises DataError, with the path, for a file that is not a picture or whose range of values is unknown.
+    """
     try:
         with Image.open(path) as file:
+            sixteen_bits = 'RGB;16' in str(file.tile)  # PIL keeps the upper 8 bits
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith('I'):  # 16 bits: PIL would clip them at 255
-                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            if image.mode[0] in 'IF':
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
             if image.has_transparency_data:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f'{path} cannot be read as a picture ({type(error).__name__})') from error
+            image = image.convert('RGB')
+            if sixteen_bits and max(high for _, high in image.getextrema()) < 16:
+                raise ValueError('it uses at most 12 bits of 16-bit channels; convert it to 8 bits')
+            return image
+    except UNREADABLE as error:
+        raise DataError(f'{path} cannot be read as a picture: {error}') from error
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scales integer or floating-point pixels [h, w] to uint8.
+
+    The value that becomes 255 is the first of 1 (floating point only), 255, 4095 and 65535 that no pixel
+    exceeds. Raises ValueError for negative values, NaN, and values above 65535.
+    """
+    low, high = values.min(), values.max()
+    full = next((full for full in (1, 255, 4095, 65535)[values.dtype.kind != 'f' :] if high <= full), None)
+    if full is None or low < 0:
+        raise ValueError(f'its values are from {low:g} to {high:g}; convert it to 8 bits')
+    return (values * (255 / full) + 0.5).astype(np.uint8)
+
+
+def read_picture(path: Path, resolution: int, dataset_type: str = 'images') -> np.ndarray:
+    """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError.
+
+    The crop is that of the paper for 'clevr6' and the central square otherwise.
+    """
+    if dataset_type == 'clevr6':
+        return resize([crop_clevr(path)], resolution)[0]
+    return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
+
+
+def read_mask(path: Path, picture: Path, size: tuple[int, int], resolution: int) -> np.ndarray:
+    """Reads the mask of a picture of `size` (width, height), crops it in the same way: labels uint8 [R, R].
+
+    Raises DataError for a mask of several channels, of 16 bits, or of another aspect ratio than the picture.
+    """
+    try:
+        with Image.open(path) as file:
+            mask, mode = ImageOps.exif_transpose(file), f'{file.format} mode {file.mode}'
+    except UNREADABLE as error:
+        raise DataError(f'mask {path} cannot be read: {error}; save it again') from error
+    require(
+        mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG'),
+        f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; '
+        "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')",
+    )
+    (width, height), (mask_width, mask_height) = size, mask.size
+    require(  # sides may have been rounded by a pixel
+        abs(mask_width * height - mask_height * width) <= max(*size, *mask.size),
+        f'mask {path} ({mask_width}x{mask_height}) and picture {picture} ({width}x{height}) differ in aspect ratio; '
+        'crop both in the same way',
+    )
+    return np.asarray(ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST), np.uint8)
+
+
+def find_pictures(folder: str | os.PathLike) -> list[Path]:
+    """Lists the pictures below a folder, without masks, in natural order: frame2 before frame10."""
+    return list(find_masks(Path(folder))[0])
+
+
+def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, Path | None], list[Path]]:
+    """Returns the mask of each picture below a folder (None: it has none), and the masks that have no picture.
+
+    A mask lies beside its picture a/NAME.jpg as a/NAME_mask.png, or has the same name in a folder `masks`
+    beside a folder `images`. Letter case does not matter. `mask_dir` replaces both: mask_dir/a/NAME.png.
+    """
+    if mask_dir is None and folder.name.lower() == 'images' and folder.is_dir():
+        mask_dir = next((path for path in folder.parent.iterdir() if path.name.lower() == 'masks'), None)
+    keys = {path: key_of(path, folder) for path in walk(folder, leave_out=mask_dir)}
+    folders = {str(parent) for key in keys.values() for parent in PurePosixPath(key).parents}
+    pictures, masks = {}, []  # keys of pictures; masks with the key of their picture
+    for path, key in keys.items():
+        parallel = re.match('(|.*/)masks/', key)
+        if parallel and f'{parallel[1]}images' in folders:
+            masks.append((f'{parallel[1]}images/{key[parallel.end() :]}', path))
+        elif key.endswith('_mask'):
+            masks.append((key, path))
+        else:
+            pictures[path] = key
+    if mask_dir:
+        masks = [(key_of(path, mask_dir), path) for path in walk(mask_dir)]
+    by_key: dict[str, Path] = {}
+    for key, mask in masks:
+        other = by_key.setdefault(key.removesuffix('_mask'), mask)
+        require(other == mask, f'{other} and {mask} are masks of the same picture; remove one of them')
+    # Below mask_dir, the folder `images` may be missing.
+    mask_of = {
+        path: by_key.get(key) or by_key.get(re.sub('(^|/)images/', r'\1', key)) for path, key in pictures.items()
+    }
+    return mask_of, sorted(set(by_key.values()) - set(mask_of.values()))
+
+
+def walk(folder: Path, leave_out: Path | None = None) -> list[Path]:
+    """Lists picture files in natural order. Follows symbolic links, visits a folder once, skips hidden names."""
+    found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        found += [Path(parent, name) for name in names if not name.startswith('.')]
+    found = [path for path in found if path.suffix.lower() in PICTURES and path.is_file()]
+    split = re.compile('([0-9]+)').split  # digits have odd indices
+    return sorted(found, key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
+
+
+def key_of(path: Path, folder: Path) -> str:
+    """Returns the path of a file relative to `folder`, in lower case and without its ending."""
+    return path.relative_to(folder).with_suffix('').as_posix().lower()
+
+
+def split_by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
+    """Splits 3 or more files by a hash of their names; each split is in the order of the hash."""
+    hashes = {path: int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) / 2**256 for path, name in names.items()}
+    order = sorted(hashes, key=hashes.get)
+    num_val = min(max(sum(value < 0.1 for value in hashes.values()), 1), len(order) - 2)
+    num_test = min(max(sum(value >= 0.9 for value in hashes.values()), 1), len(order) - num_val - 1)
+    end = len(order) - num_test
+    return {'val': order[:num_val], 'train': order[num_val:end], 'test': order[end:]}
+
+
+def report(problems: list[str]) -> None:
+    """Prints problems, each of the form 'what is wrong; what to do', with one line for all that need the same."""
+    by_remedy: dict[str, list[str]] = {}
+    for what, _, remedy in (problem.rpartition('; ') for problem in sorted(problems)):
+        by_remedy.setdefault(remedy, []).append(what)
+    for remedy, whats in by_remedy.items():
+        more = f' (and {len(whats) - 1} more)' if len(whats) > 1 else ''
+        print(f'{whats[0]}{more}; {remedy}', file=sys.stderr)
+
+
+class PictureFolder(ImagesInMemory):
+    """Pictures below a folder, cropped to the central square and resized; labels from their masks, if any.
+
+    `find_masks` says which file is the mask of a picture. A mask has one channel of 8 bits (PIL modes 1, L
+    and P) and the aspect ratio of its picture. A mask that cannot be used is reported, and its picture is
+    used without it. If other pictures have a mask, a picture without one has the label IGNORE everywhere.
+
+    The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 %
+    each for validation and test. Adding or removing a picture moves no other one, except in a small folder:
+    a split that would be empty takes the picture with the nearest hash.
+
+    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and pictures that
+    exceed half of the available memory. Reports and skips a picture that cannot be read.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128,
+        mask_dir: str | os.PathLike | None = None,
+    ):  # fmt: skip
+        self.folder, self.resolution = Path(folder), resolution
+        mask_dir = None if mask_dir is None else Path(mask_dir)
+        for flag, path in (('data_dir', self.folder), ('mask_dir', mask_dir)):
+            require(path is None or path.is_dir(), f'no folder {path}; --{flag} must name an existing folder')
+        mask_of, alone = find_masks(self.folder, mask_dir)
+        formats = ', '.join(PICTURES)
+        require(len(mask_of) >= 3, f'{folder} holds {len(mask_of)} pictures ({formats}); at least 3 are needed')
+        names = {path: path.relative_to(self.folder).as_posix() for path in mask_of}
+        sizes = {file: file.stat().st_size for pair in mask_of.items() for file in pair if file}  # bytes
+        self.fingerprint = digest(
+            *sorted((name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items())
+        )
+        paths = split_by_name(names)[split][:size]
+        fits = len(paths) * resolution**2 * 4 <= psutil.virtual_memory().available / 2
+        require(fits, f'{len(paths)} pictures do not fit in memory: use a smaller --resolution or --train_size')
+        self.problems = [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
+        if split != 'train':  # report masks without a picture once, not for each split
+            self.problems.clear()
+        with ThreadPool() as pool:  # PIL decodes without holding the interpreter lock
+            read = pool.imap(lambda path: self._read(path, mask_of[path]), paths)
+            read = tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
+            found = [pair for pair in read if pair is not None]
+        require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read')
+        self.images = np.stack([image for image, _ in found])
+        labels = [labels for _, labels in found if labels is not None]
+        self.num_masks = len(labels)
+        if labels:
+            ignored = np.full_like(labels[0], IGNORE)
+            self.labels = np.stack([ignored if labels is None else labels for _, labels in found])
+            if not (self.labels % IGNORE).any():
+                meaning = f'0 is the background, and {IGNORE} marks pixels that no score counts'
+                self.problems.append(f'no {split} mask has an object; number objects from 1: {meaning}')
+        report(self.problems)
+
+    def __str__(self) -> str:
+        return f'{super().__str__()}, {self.num_masks:,} with a mask'
+
+    def _read(self, path: Path, mask: Path | None) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Returns the image [R, R, 3] and labels [R, R] of a picture, or None for a picture that cannot be read."""
+        try:
+            picture = open_picture(path)
+        except DataError as error:
+            print(f'skipped: {error}', file=sys.stderr)
+            return None
+        labels = None
+        if mask is not None:
+            try:
+                labels = read_mask(mask, path, picture.size, self.resolution)
+            except DataError as error:
+                self.problems.append(f'{error} (the picture is used without it)')
+        return np.asarray(ImageOps.fit(picture, (self.resolution,) * 2, Image.Resampling.BILINEAR)), labels
 
 
 # --- Preparing -------------------------------------------------------------------------------
 
 
-def prepared_path(dataset: str, data_dir: Path, resolution: int, max_objects: int, variant: str) -> Path:
+def prepared_path(
+    dataset: str, folder: Path, resolution: int, max_objects: int, variant: str, limit: int | None = None
+) -> Path:
+    """Returns the file that prepare() writes for these arguments."""
     name = f'{dataset}_{variant}' if dataset == 'multi_dsprites' else dataset
-    return data_dir / f'{name}_{resolution}_max{max_objects}.h5'
+    return folder / f'{name}_{resolution}_max{max_objects}{"" if limit is None else f"_limit{limit}"}.h5'
 
 
 def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
-    """The published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`, None where there is none."""
+    """Returns the published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`, or None."""
+    require(not data_dir.is_file(), f'--data_dir must name the folder that contains {data_dir}, not the file')
     path = Path(PUBLISHED[dataset].path.format(variant))
     candidates = [data_dir / path.name, data_dir / path]
     if dataset == 'clevr6':
@@ -432,10 +665,23 @@ def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
-def download(url: str, path: Path, attempts: int = 5) -> None:
-    """Fetch `url` to `path` through `path`.part, from where an earlier attempt broke off.
+def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
+    """Returns the message for a published data set that is not in `data_dir`: how to get it."""
+    source = PUBLISHED[dataset]
+    folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
+    size = '' if source.gigabytes is None else f' ({source.gigabytes} GB)'
+    flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
+    return (
+        f'{data_dir} has no {dataset}: it needs {Path(source.path.format(variant)).name}{size}{folder}.\n'
+        f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {quote(str(data_dir))}\n'
+        f'  to download it yourself: {BUCKET}/{source.path.format(variant)}'
+    )
 
-    Raises DataError when it stays broken; what has come is kept for the next call.
+
+def download(url: str, path: Path, attempts: int = 5) -> None:
+    """Downloads `url` to `path`. The data go to `path`.part first, and an interrupted download is continued.
+
+    Raises DataError if the download fails; `path`.part is kept for the next call.
     """
     part = path.with_name(path.name + '.part')
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -445,35 +691,34 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
             if part.exists() and part.stat().st_size == total:
                 os.replace(part, path)
                 return
-            reason = 'the connection broke off'
+            reason = 'the connection was closed'
         except ValueError as error:
-            raise DataError(f'{url} cannot be fetched: {error}') from error
+            raise DataError(f'{url} cannot be downloaded: {error}') from error
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
-                raise DataError(f'{url} cannot be fetched: {error}; try another --url') from error
+                raise DataError(f'{url} cannot be downloaded: {error}; try another --url') from error
             reason = str(getattr(error, 'reason', error))
         time.sleep(attempt)
-    have = part.stat().st_size / 1e6 if part.exists() else 0
-    raise DataError(f'{url}: {reason}; {have:,.1f} MB have come and are kept: the same command goes on from there')
+    megabytes = part.stat().st_size / 1e6 if part.exists() else 0
+    raise DataError(f'{url}: {reason} after {megabytes:,.1f} MB; run the same command again to continue from there')
 
 
 def _fetch(url: str, part: Path) -> int | None:
-    """Append what is missing to `part`; returns the size that the whole should have."""
+    """Appends the missing bytes to `part`. Returns the size of the whole file, or None if `part` was another file."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        total = (error.headers.get('Content-Range') or '').rpartition('/')[2]
-        if error.code == 416 and total.isdigit() and int(total) == done:
-            return done  # it had come whole
-        if error.code == 416:  # the file there is another one: begin anew
-            part.unlink()
-            return None
-        raise
+        if error.code != 416:  # nothing lies beyond `done`
+            raise
+        if (error.headers.get('Content-Range') or '').endswith(f'/{done}'):
+            return done
+        part.unlink()
+        return None
     with response:
         if response.status != 206:
-            done = 0  # this server cannot continue
+            done = 0  # the server sends the whole file
         left = response.headers.get('Content-Length')
         total = done + int(left) if left else None
         bar = tqdm(total=total, initial=done, desc=part.stem, unit='B', unit_scale=True, disable=None)
@@ -485,28 +730,28 @@ def _fetch(url: str, part: Path) -> int | None:
 
 
 def prepare(
-    dataset: str,
-    data_dir: str | os.PathLike,
-    resolution: int,
-    max_objects: int = 6,
-    variant: str = VARIANTS[0],
-    limit: int | None = None,
-    url: str | None = None,
-    fetch: bool = True,
-) -> Path:
-    """Turn a published data set into one HDF5 file and return its path.
+    dataset: str, data_dir: str | os.PathLike, resolution: int, max_objects: int = 6, variant: str = VARIANTS[0],
+    limit: int | None = None, url: str | None = None, fetch: bool = True, output_dir: str | os.PathLike | None = None,
+) -> Path:  # fmt: skip
+    """Converts a published data set to one HDF5 file and returns its path.
 
-    dataset      one of PUBLISHED
-    data_dir     where the source lies, and the prepared file goes
-    resolution   side of the square images, pixels; bilinear, labels nearest neighbour
-    max_objects  scenes with more objects are left out
-    variant      of multi_dsprites, one of VARIANTS
-    limit        scenes to keep; None: as many as the data set calls for
-    url, fetch   where to download from when the source is not there, and whether to
+    Args:
+        dataset: one of PUBLISHED
+        data_dir: folder of the source
+        resolution: side of the square images in pixels; images are resized bilinearly, labels to the nearest
+        max_objects: scenes with more objects are left out
+        variant: of multi_dsprites, one of VARIANTS
+        limit: number of scenes after which to stop; the file has a name of its own, which contains the number
+        url, fetch: address to download a missing source from (None: the published one), and whether to do so
+        output_dir: folder of the prepared file (None: `data_dir`)
 
-    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (where the source has masks),
-    `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N], in
-    chunks of one image. Only when it is finished does it take its name. Raises DataError and OSError.
+    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (if the source has masks), and
+    `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N]. The split
+    depends on the number of the record only: of the records of the source (the first 100,000 if there are
+    more), the first 70 % are train, the next 15 % val, the rest test. The file gets its name when it is complete.
+
+    Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and
+    for a folder that cannot be written to.
     """
     source, data_dir = PUBLISHED[dataset], Path(data_dir)
     raw = find_source(dataset, data_dir, variant)
@@ -514,143 +759,139 @@ def prepare(
         if not fetch:
             raise DataError(missing_source(dataset, data_dir, variant))
         raw = data_dir / Path(source.path.format(variant)).name
-        download(url or source.url(variant), raw)
+        download(url or f'{BUCKET}/{source.path.format(variant)}', raw)
     if raw.is_dir():
         scenes = read_clevr_v1(raw)
     else:
-        scenes = read_published(raw, source, resolution)
-        scenes = itertools.islice(scenes, source.records)
-    path = prepared_path(dataset, data_dir, resolution, max_objects, variant)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')  # no other process's
+        scenes = itertools.islice(read_published(raw, source, resolution), source.records)
+    require(os.access(raw, os.R_OK), f'{raw} cannot be read; check its permissions')
+    path = prepared_path(dataset, Path(output_dir or data_dir), resolution, max_objects, variant, limit)
+    part = path.with_name(f'.{path.name}.{os.getpid()}')  # differs from that of any other process
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, raw)
         with h5py.File(part, 'w') as file:
             file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
             file.attrs['window'] = str(source.window)
-            _write_scenes(file, scenes, resolution, max_objects, limit)
+            seen = _write_scenes(file, scenes, resolution, max_objects, limit)
+            if raw.is_file():
+                ends = np.cumsum(SHARES[:-1]) * count_records(raw, source, seen if limit is None else None)
+                file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
             file.flush()
         with open(part, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:  # the text of h5py has many lines
+        raise DataError(
+            f'{path} cannot be written: the folder is read-only or the disk is full; prepare it in another folder: '
+            f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     return path
 
 
-def _write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> None:
-    """Stream scenes into `file`, 64 at a time. Raises DataError when none is left."""
-    kept = seen = 0
-    split_given = False
-    waiting: list[Scene] = []
-    bar = tqdm(total=1.0, bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}', disable=None)
-    bar.set_description('preparing')
-    with bar:
-        for scene in scenes:
+def remove_leftovers(folder: Path, raw: Path) -> None:
+    """Deletes unfinished files of preparations and downloads that were killed."""
+    parts = [path for path in folder.glob('.*.h5.*') if path.suffix[1:].isdecimal()]
+    left = [path for path in parts if not psutil.pid_exists(int(path.suffix[1:]))]
+    for path in (*left, raw.with_name(f'{raw.name}.part')):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def count_records(path: Path, source: Published, seen: int | None) -> int:
+    """Returns the number of records that the splits are computed from; `seen` if the file was read to its end.
+
+    A file of at least 90 % of the published size is not read again: it has `source.records`.
+    """
+    if source.gigabytes and path.stat().st_size > 0.9e9 * source.gigabytes:
+        return source.records
+    if seen is not None:
+        return seen
+    records = itertools.islice(read_records(path), source.records)
+    return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
+
+
+def _write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
+    """Writes scenes to `file`, 64 at a time, and returns the number read. Raises DataError if none is kept."""
+    seen = 0
+
+    def kept() -> Iterator[Scene]:
+        nonlocal seen
+        for scene in tqdm(scenes, 'preparing', unit=' scenes', disable=None):
             seen += 1
-            split_given = scene.split is not None
             if scene.num_objects <= max_objects:
-                kept += 1
-                waiting.append(scene)
-            if len(waiting) == 64:
-                _append_scenes(file, waiting, size)
-                waiting.clear()
-            bar.set_postfix_str(f'{kept} of {seen} scenes kept', refresh=False)
-            bar.update(scene.done - bar.n)
-            if kept == limit:
-                break
-        if waiting:
-            _append_scenes(file, waiting, size)
-    if not kept:
-        raise DataError(f'none of {seen} scenes has at most {max_objects} objects')
-    if not split_given:  # in the order of the source, so that a split is the same for any filter
-        ends = np.cumsum(SHARES[:-1]) * seen
-        file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
+                yield scene
+
+    some = itertools.islice(kept(), limit)
+    while batch := list(itertools.islice(some, 64)):
+        _append_scenes(file, batch, size)
+    require('image' in file, f'none of {seen} scenes has at most {max_objects} objects')
     file.attrs['scenes_read'] = seen
+    return seen
 
 
-def _append_scenes(file: h5py.File, scenes: list[Scene], size: int) -> None:
-    """The arrays of prepare(), grown by scenes that all have labels, or all have none."""
-    values = {'image': resize([scene.image for scene in scenes], size)}
+def _append_scenes(file: h5py.File, scenes: list[Scene], resolution: int) -> None:
+    """Appends scenes, which all have labels or all have none, to the arrays described in prepare()."""
+    arrays = {
+        'image': resize([scene.image for scene in scenes], resolution),
+        'num_objects': np.array([scene.num_objects for scene in scenes], np.int32),
+        'record': np.array([scene.record for scene in scenes], np.int32),
+        'split': np.array([scene.split or 0 for scene in scenes], np.int8),
+    }
     if scenes[0].labels is not None:
-        values['mask'] = np.stack([scene.labels for scene in scenes])
-    values['num_objects'] = np.array([scene.num_objects for scene in scenes], np.int32)
-    values['record'] = np.array([scene.record for scene in scenes], np.int32)
-    values['split'] = np.array([-1 if scene.split is None else scene.split for scene in scenes], np.int8)
-    for name, array in values.items():
+        arrays['mask'] = np.stack([scene.labels for scene in scenes])
+    for name, array in arrays.items():
         if name not in file:
             shape = array.shape[1:]
-            chunks = (1, *shape) if shape else (1024,)
-            packed = 'gzip' if name == 'mask' else None  # labels shrink a hundredfold
             file.create_dataset(
-                name, (0, *shape), array.dtype, maxshape=(None, *shape), chunks=chunks, compression=packed
-            )
-        before = len(file[name])
-        file[name].resize(before + len(array), axis=0)
-        file[name][before:] = array
+                name, data=array, maxshape=(None, *shape), chunks=(1, *shape) if shape else (1024,),
+                compression='gzip' if name == 'mask' else None,  # makes masks a hundred times smaller
+            )  # fmt: skip
+        else:
+            file[name].resize(len(file[name]) + len(array), axis=0)
+            file[name][-len(array) :] = array
 
 
 def resize(images: list[np.ndarray], size: int) -> np.ndarray:
-    """uint8 images of one shape [h, w, 3] -> [B, size, size, 3], bilinear as tf.image.resize of the paper's code."""
-    stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    """Resizes uint8 images of one shape [h, w, 3] to [B, size, size, 3], as the paper's tf.image.resize (bilinear)."""
+    stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (B, 3, h, w)
     if stack.shape[-2:] != (size, size):
         stack = F.interpolate(stack.float(), (size, size), mode='bilinear').round().byte()
     return stack.permute(0, 2, 3, 1).numpy()
 
 
-def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
-    source = PUBLISHED[dataset]
-    or_folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
-    size = '' if source.gigabytes is None else f' ({source.gigabytes} GB)'
-    flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
-    return (
-        f'no {dataset} in {data_dir}: it needs {Path(source.path.format(variant)).name}'
-        f'{size}{or_folder}.\n'
-        f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {data_dir}\n'
-        f'  or fetch it yourself: {source.url(variant)}'
-    )
-
-
-# --- Reading what was prepared, and folders of pictures -----------------------------------------
-
-
-def memory_for_data() -> float:
-    """Bytes that a data set may take: half of what is free now."""
-    try:
-        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2
-    except (AttributeError, OSError, ValueError):  # not on this system
-        return 4e9
+# --- Prepared files --------------------------------------------------------------------------
 
 
 class PreparedDataset(ImagesInMemory):
-    """One split of a file that prepare() wrote: in memory where it fits, else read batch by batch.
+    """One split of a file written by prepare(): in memory if it fits, else read batch by batch.
 
-    Raises DataError for a file that is damaged or has no images in this split.
+    Raises DataError for a file that is missing or damaged, or that has no images in this split.
     """
 
     def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, in_memory: bool | None = None):
         self.path, self.file, self.owner = Path(path), None, None
+        require(self.path.is_file(), f'no file {path}')
         try:
             with h5py.File(path) as file:
-                self.resolution, masked = int(file.attrs['resolution']), 'mask' in file
+                self.resolution, self.max_objects = int(file.attrs['resolution']), int(file.attrs['max_objects'])
+                self.names = ('image', 'mask') if 'mask' in file else ('image',)
+                self.fingerprint = digest(*(file[name][:].tobytes() for name in ('record', 'split', 'num_objects')))
                 self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
-                self.nbytes = len(self.rows) * self.resolution**2 * (4 if masked else 3)
-                self.in_memory = self.nbytes < memory_for_data() if in_memory is None else in_memory
-                self.names = ('image', 'mask') if masked else ('image',)
+                require(
+                    len(self.rows) > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)'
+                )
+                nbytes = len(self.rows) * self.resolution**2 * 4
+                self.in_memory = nbytes < psutil.virtual_memory().available / 2 if in_memory is None else in_memory
                 if self.in_memory:
-                    arrays = [self._load(file[name], name) for name in self.names]
-                    self.images, self.labels = arrays if masked else (*arrays, None)
+                    piece = slice(self.rows[0], self.rows[-1] + 1)  # a split is nearly contiguous
+                    self.images, *labels = (file[name][piece][self.rows - piece.start] for name in self.names)
+                    self.labels = labels[0] if labels else None
         except (OSError, KeyError) as error:
             raise DataError(f'{path} is damaged or was not prepared here; delete it and prepare it again') from error
-        if not len(self.rows):
-            raise DataError(f'{path} has no {split} images; prepare more scenes')
-
-    def _load(self, stored: h5py.Dataset, name: str) -> np.ndarray:
-        out = np.empty((len(self.rows), *stored.shape[1:]), np.uint8)
-        blocks = range(0, len(self.rows), 1024)
-        for start in tqdm(blocks, f'loading {name}', unit='k images', delay=2, disable=None, leave=False):
-            rows = self.rows[start : start + 1024]
-            # A split lies nearly in one piece: read the piece, then pick.
-            out[start : start + 1024] = stored[rows[0] : rows[-1] + 1][rows - rows[0]]
-        return out
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -658,10 +899,10 @@ class PreparedDataset(ImagesInMemory):
     def __str__(self) -> str:
         return super().__str__() if self.in_memory else f'{len(self):,} images, read from {self.path}'
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         if self.in_memory:
             return super().__getitems__(indices)
-        if self.owner != os.getpid():  # HDF5 files do not survive a fork: one for every process
+        if self.owner != os.getpid():  # an HDF5 file must not be shared with a forked process
             self.file, self.owner = h5py.File(self.path), os.getpid()
         rows = self.rows[indices]
         return to_batch(*(np.stack([self.file[name][row] for row in rows]) for name in self.names))
@@ -670,144 +911,58 @@ class PreparedDataset(ImagesInMemory):
         return self.__dict__ | {'file': None, 'owner': None}
 
 
-PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """All pictures below a folder, sorted, without the labels beside them: NAME_mask.png."""
-    files = (path for path in folder.rglob('*') if path.suffix.lower() in PICTURES and path.is_file())
-    return sorted(path for path in files if not path.stem.endswith('_mask'))
-
-
-def read_picture(path: Path, resolution: int) -> np.ndarray:
-    """A picture of any size, cropped at the centre and resized: uint8 [R, R, 3]. Raises DataError."""
-    return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
-
-
-class PictureFolder(ImagesInMemory):
-    """All pictures below a folder, cropped at the centre and resized; labels from NAME_mask.png beside them.
-
-    A tenth each is kept for validation and test, by a shuffle of the sorted names. Files that cannot
-    be read are named and skipped; a picture without a mask counts as background where others have one.
-    Raises DataError for a folder with fewer than three pictures, and for one that does not fit in memory.
-    """
-
-    def __init__(self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise DataError(f'no folder {folder}; --data_dir names the folder of the pictures')
-        names = find_pictures(folder)
-        if len(names) < 3:
-            raise DataError(f'{folder} holds {len(names)} pictures ({", ".join(PICTURES)}); at least 3 are needed')
-        shuffled = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
-        tenth = max(1, len(names) // 10)
-        parts = {'val': shuffled[:tenth], 'test': shuffled[tenth : 2 * tenth], 'train': shuffled[2 * tenth :]}
-        paths = parts[split][:size]
-        if len(paths) * resolution**2 * 4 > memory_for_data():
-            raise DataError(
-                f'{len(paths)} pictures do not fit in memory: ask for a smaller --resolution or --train_size'
-            )
-        self.resolution = resolution
-        with ThreadPoolExecutor() as pool:  # PIL decodes without holding the interpreter
-            read = pool.map(self._read, paths)
-            read = list(
-                tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
-            )
-        found = [pair for pair in read if pair is not None]
-        if not found:
-            raise DataError(f'none of the {len(paths)} {split} pictures in {folder} can be read')
-        self.images = np.stack([image for image, _ in found])
-        if any(labels is not None for _, labels in found):
-            empty = np.zeros((resolution, resolution), np.uint8)
-            self.labels = np.stack([empty if labels is None else labels for _, labels in found])
-
-    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
-        mask = path.with_name(path.stem + '_mask.png')
-        try:
-            image = read_picture(path, self.resolution)
-            return image, self._read_mask(mask) if mask.is_file() else None
-        except DataError as error:
-            print(f'skipped: {error}', file=sys.stderr)
-            return None
-
-    def _read_mask(self, path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as file:
-                labels = np.asarray(ImageOps.fit(file, (self.resolution, self.resolution), Image.Resampling.NEAREST))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f'{path} cannot be read as a mask ({type(error).__name__})') from error
-        if labels.ndim != 2 or labels.max() > 255:
-            raise DataError(f'{path} must have one channel of labels up to 255')
-        return labels.astype(np.uint8)
-
-
-# --- One way to ask for any source -----------------------------------------------------------
+# --- One interface for all sources -----------------------------------------------------------
 
 
 def create_dataset(
-    dataset_type: str,
-    split: str,
-    size: int | None,
-    resolution: int = 64,
-    max_objects: int = 6,
-    min_objects: int = 2,
-    seed: int = 0,
-    data_dir: str | os.PathLike = 'data',
-    variant: str = VARIANTS[0],
-) -> Dataset:
-    """One split of a source; arguments as in create_dataloader(), size None: all. Raises DataError.
+    dataset_type: str, split: str, size: int | None, resolution: int = 64, max_objects: int = 6, min_objects: int = 2,
+    seed: int = 0, data_dir: str | os.PathLike = 'data', variant: str = VARIANTS[0],
+    mask_dir: str | os.PathLike | None = None,
+) -> Dataset:  # fmt: skip
+    """Creates one split ('train', 'val' or 'test') of a source with at most `size` images (None: all).
 
-    A published data set that lies in `data_dir` as it was published is prepared first.
+    The other arguments are those of create_dataloader(). A published data set that is in `data_dir` as it
+    was published is prepared first. The attribute `fingerprint` of the result is a string that identifies the
+    images of all splits of the source: it changes if the source does. Raises DataError.
     """
-    if split not in SPLITS:
-        raise DataError(f'split must be one of {", ".join(SPLITS)}, not {split!r}')
+    data_dir = Path(data_dir)
+    require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
+    require(dataset_type in DATASETS, f'dataset_type must be one of {", ".join(DATASETS)}, not {dataset_type!r}')
+    require(mask_dir is None or dataset_type == 'images', f"mask_dir is for 'images' only, not {dataset_type!r}")
     if dataset_type == 'shapes':
         return ShapesDataset(split, SHAPES_SIZE if size is None else size, resolution, max_objects, min_objects, seed)
     if dataset_type == 'images':
-        return PictureFolder(data_dir, split, size, resolution)
-    if dataset_type in PUBLISHED:
-        path = prepared_path(dataset_type, Path(data_dir), resolution, max_objects, variant)
-        if not path.exists():
-            prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
-        return PreparedDataset(path, split, size)
-    raise DataError(f'dataset_type must be one of {", ".join(DATASETS)}, not {dataset_type!r}')
+        return PictureFolder(data_dir, split, size, resolution, mask_dir)
+    named = data_dir.suffix == '.h5'
+    path = data_dir if named else prepared_path(dataset_type, data_dir, resolution, max_objects, variant)
+    if not named and not path.exists():
+        prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
+    dataset = PreparedDataset(path, split, size)
+    for name, wanted in (('resolution', resolution), ('max_objects', max_objects)):
+        value = getattr(dataset, name)
+        require(value == wanted, f'{path} was prepared with {name} {value}, not {wanted}; use --{name} {value}')
+    return dataset
 
 
 def wrap_in_loader(
-    dataset: Dataset,
-    batch_size: int,
-    shuffle: bool,
-    seed: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """A DataLoader that fetches whole batches.
+    dataset: Dataset, batch_size: int, shuffle: bool, seed: int = 0,
+    num_workers: int = 0, pin_memory: bool = False, rank: int = 0, world_size: int = 1,
+) -> DataLoader:  # fmt: skip
+    """Creates a DataLoader that fetches whole batches.
 
-    With `shuffle`, its order is a function of (seed, epoch): call `loader.sampler.set_epoch(n)`
-    before each epoch, and incomplete batches are left out. Of several processes each takes every
-    world_size-th image of every batch, from its rank on: no image twice, none left out.
+    With `shuffle`, the order is a function of (seed, epoch) and incomplete batches are dropped: call
+    `loader.sampler.set_epoch(n)` before each epoch. With several processes, each loads every
+    `world_size`-th image of a batch, starting with image `rank`: every image is loaded exactly once.
     """
     if shuffle:
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
     else:
         sampler = range(rank, len(dataset), world_size)  # DistributedSampler would repeat images to even out
     return DataLoader(
-        dataset,
-        batch_size // world_size,
-        sampler=sampler,
-        drop_last=shuffle,
-        collate_fn=_as_fetched,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-    )
-
-
-def _as_fetched(batch):
-    """`__getitems__` has already put the batch together."""
-    return batch
+        dataset, batch_size // world_size, sampler=sampler, drop_last=shuffle, pin_memory=pin_memory,
+        num_workers=num_workers, persistent_workers=num_workers > 0,
+        collate_fn=torch.nn.Identity(),  # __getitems__ returns a batch
+    )  # fmt: skip
 
 
 def create_dataloader(
@@ -826,34 +981,33 @@ def create_dataloader(
     variant: str = VARIANTS[0],
     rank: int = 0,
     world_size: int = 1,
+    mask_dir: str | os.PathLike | None = None,
 ) -> tuple[DataLoader, DataLoader]:
-    """Loaders of the training and the validation split: (train_loader, val_loader).
+    """Creates the loaders of the training and the validation split: (train_loader, val_loader).
 
-    dataset_type  one of DATASETS
-    batch_size    images per batch, of all processes together
-    resolution    side of the square images, pixels
-    max_objects   most objects in an image; not for 'images'
-    min_objects   fewest objects in an image; of shapes only
-    train_size, val_size      images in each split at most; None: 10,000 shapes, all of other sources
-    seed          decides the order of the training images (see wrap_in_loader)
-    data_seed     decides what is drawn, of shapes only
-    num_workers, pin_memory   as in torch.utils.data.DataLoader
-    data_dir      where sources other than shapes lie
-    variant       of multi_dsprites, one of VARIANTS
-    rank, world_size          which process of how many this is, see wrap_in_loader
+    Args:
+        dataset_type: one of DATASETS
+        batch_size: images per batch, summed over all processes
+        resolution: side of the square images in pixels
+        max_objects: largest number of objects in an image; not for 'images'
+        min_objects: smallest number of objects in an image; for 'shapes' only
+        train_size, val_size: largest number of images in each split (None: 10,000 for 'shapes', else all)
+        seed: determines the order of the training images (see wrap_in_loader)
+        data_seed: determines which shapes are drawn
+        num_workers, pin_memory: as in torch.utils.data.DataLoader
+        data_dir: folder of a published data set or of pictures, or a file written by prepare()
+        variant: of 'multi_dsprites', one of VARIANTS
+        rank, world_size: index of this process and number of processes (see wrap_in_loader)
+        mask_dir: folder of the masks of 'images', if they are not where PictureFolder finds them
 
-    Raises DataError (a ValueError) for a request that gives no images.
+    Raises DataError (a ValueError) for arguments that yield no images.
     """
-    if batch_size < 1:
-        raise DataError(f'batch_size must be at least 1, not {batch_size}')
-    if batch_size % world_size:
-        raise DataError(f'batch_size ({batch_size}) must be a multiple of the {world_size} processes that share it')
-    train, val = (
-        create_dataset(dataset_type, split, size, resolution, max_objects, min_objects, data_seed, data_dir, variant)
-        for split, size in (('train', train_size), ('val', val_size))
-    )
-    if batch_size > len(train):
-        raise DataError(f'batch_size ({batch_size}) must not exceed the {len(train)} training images')
+    require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
+    require(batch_size % world_size == 0, f'batch_size ({batch_size}) must be a multiple of the {world_size} processes')
+    options = (resolution, max_objects, min_objects, data_seed, data_dir, variant, mask_dir)
+    train = create_dataset(dataset_type, 'train', train_size, *options)
+    val = create_dataset(dataset_type, 'val', val_size, *options)
+    require(batch_size <= len(train), f'batch_size ({batch_size}) must not exceed the {len(train)} training images')
     return (
         wrap_in_loader(train, batch_size, True, seed, num_workers, pin_memory, rank, world_size),
         wrap_in_loader(val, batch_size, False, pin_memory=pin_memory, rank=rank, world_size=world_size),
@@ -862,27 +1016,35 @@ def create_dataloader(
 
 # --- Command line ----------------------------------------------------------------------------
 
+# The flags that each source uses, besides --dataset and --resolution.
+SOURCE_FLAGS = dict.fromkeys(PUBLISHED, ('data_dir', 'max_objects')) | {
+    'shapes': ('max_objects', 'min_objects', 'data_seed'),
+    'multi_dsprites': ('data_dir', 'max_objects', 'variant'),
+    'images': ('data_dir', 'mask_dir'),
+}
+
 
 def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int = 2) -> Image.Image:
-    """Samples and, under each row, their labels in colours; every pixel scale x scale large."""
+    """Draws images and, below each row, their masks in colours; a pixel becomes scale x scale pixels."""
+    columns = min(columns, len(dataset))
+    # Hues differ by the golden angle, so that adjacent labels have different colours.
+    colours = torch.tensor([colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(256)])
+    colours[0], colours[IGNORE] = 0.15, 1  # dark grey, white
     lines = []
-    rows = min(rows, len(dataset) // columns) or 1
-    for row in range(rows):
-        batch = dataset.__getitems__(list(range(row * columns, min((row + 1) * columns, len(dataset)))))
-        lines.append(((batch['image'] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    for row in range(min(rows, len(dataset) // columns)):
+        batch = dataset.__getitems__(list(range(row * columns, (row + 1) * columns)))
+        lines.append(batch['image'].permute(0, 2, 3, 1) / 2 + 0.5)  # (columns, H, W, 3)
         if 'mask' in batch:
-            # Hues a golden angle apart: neighbouring labels never look alike.
-            hues = [colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(int(batch['mask'].max()) + 1)]
-            hues[0] = (0.15, 0.15, 0.15)
-            lines.append((np.array(hues)[batch['mask'].numpy()] * 255).astype(np.uint8))
-    pad = [(0, 0), (0, 2), (0, 2), (0, 0)]  # a white line between neighbours
-    sheet = np.concatenate([np.concatenate(list(np.pad(line, pad, constant_values=255)), axis=1) for line in lines])
-    return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+            lines.append(colours[batch['mask']])
+    sheet = F.pad(torch.stack(lines), (0, 0, 0, 2, 0, 2), value=1)  # a white line between neighbours
+    sheet = (sheet * 255).round().byte().permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)  # (height, width, 3)
+    return Image.fromarray(sheet.numpy().repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Draw a sheet of samples with their masks and measure how fast they come, or prepare a data set.',
+        description='Draw a sheet of sample images with their masks, count the objects and measure the loading speed; '
+        'or, with --prepare, convert a published data set to the file that train.py reads.',
         usage='python dataset.py [--help] [flags]',
     )
 
@@ -890,68 +1052,99 @@ def create_parser() -> argparse.ArgumentParser:
         shown = '' if default is None else f' (default: {default})'
         group.add_argument(name, help=help + shown, default=default, **kwargs)
 
-    add('--dataset', 'source of the images', 'shapes', choices=DATASETS)
-    add('--data_dir', 'where sources other than shapes lie', Path('data'), type=Path)
-    add('--variant', 'of multi_dsprites', VARIANTS[0], choices=VARIANTS)
-    add('--resolution', 'side of the square images, pixels (default: set by the data set)', type=int)
-    add('--max_objects', 'most objects in an image', 6, type=int)
-    add('--min_objects', 'fewest objects in an image, of shapes only', 2, type=int)
-    add('--data_seed', 'decides what is drawn', 0, type=int)
-    add('--num_images', 'images to draw and count, at least 32', 1000, type=int)
-    add('--output', 'where the sheet goes', Path('samples.png'), type=Path)
+    # fmt: off
+    sizes = ', '.join(f'{name} {size}' for name, (size, _) in SIZES.items())
+    masked = 'NAME_mask.png beside NAME.jpg, or masks/NAME.png for images/NAME.jpg'
+    published = ', '.join(PUBLISHED)
+    group = parser.add_argument_group('data')
+    add('--dataset', 'source of the images; shapes are drawn, images are pictures of your own', 'shapes', group,
+        choices=DATASETS)
+    add('--data_dir', f'folder of the pictures (images), or of the published or prepared file ({published}); may also '
+        'name a prepared .h5 file', Path('data'), group, type=Path)
+    add('--mask_dir', f'images: folder of the masks, with the names of the pictures (default: {masked})', None, group,
+        type=Path)
+    add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], group, choices=VARIANTS)
+    add('--resolution', f'side of the square images in pixels, {RESOLUTIONS[0]} to {RESOLUTIONS[1]} (default: {sizes})',
+        None, group, type=int)
+    add('--max_objects', 'largest number of objects in an image, 1 to 16 for shapes; published scenes with more are '
+        'left out; not for images', 6, group, type=int)
+    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, group, type=int)
+    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, group, type=int)
+    group = parser.add_argument_group('sample sheet')
+    add('--num_images', 'number of images to load and count, at least 32', 1000, group, type=int)
+    add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), group, type=Path)
     group = parser.add_argument_group('preparing')
-    add('--prepare', 'turn this data set into one HDF5 file in --data_dir', group=group, choices=tuple(PUBLISHED))
-    add('--url', 'where to download it from, if it is not in --data_dir', group=group)
-    add('--limit', 'stop after so many scenes', group=group, type=int)
+    add('--prepare', 'convert this data set to one .h5 file; downloads the published file if --data_dir has none', None,
+        group, choices=tuple(PUBLISHED))
+    add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)', None,
+        group, type=Path)
+    add('--url', 'address to download the published file from', None, group)
+    add('--limit', 'stop after this many scenes and add the number to the name of the file. Training needs scenes of '
+        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', None, group, type=int)
+    # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
     args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    source = args.prepare or args.dataset
+    used = {'prepare', 'output_dir', 'url', 'limit'} if args.prepare else {'dataset', 'num_images', 'output'}
+    for name in sorted(given - used - {'resolution', *SOURCE_FLAGS[source]}):
+        if not args.prepare and name in ('output_dir', 'url', 'limit'):
+            parser.error(f'--{name} is for --prepare only')
+        parser.error(f'--{name} has no effect with --{"prepare" if args.prepare else "dataset"} {source}')
     if args.num_images < 32:
-        parser.error(f'--num_images must be at least 32, a sheet, not {args.num_images}')
+        parser.error(f'--num_images must be at least 32, not {args.num_images}')
     if args.limit is not None and args.limit < 1:
         parser.error(f'--limit must be at least 1, not {args.limit}')
     if args.resolution is None:
-        args.resolution = SIZES[args.prepare or args.dataset][0]
-    if not 1 <= args.resolution <= 1024:
-        parser.error(f'--resolution must be from 1 to 1024, not {args.resolution}')
+        args.resolution = SIZES[source][0]
+    if not RESOLUTIONS[0] <= args.resolution <= RESOLUTIONS[1]:
+        parser.error(f'--resolution must be from {RESOLUTIONS[0]} to {RESOLUTIONS[1]}, not {args.resolution}')
     return args
 
 
 def preview(args: argparse.Namespace) -> None:
+    """Draws the sheet of samples, counts the objects and measures images/s."""
+    savable = args.output.suffix.lower() in PICTURES and args.output.parent.is_dir()
+    require(savable, f'--output {args.output} must lie in an existing folder and end in {", ".join(PICTURES)}')
     start = time.perf_counter()
     dataset = create_dataset(
         args.dataset, 'train', args.num_images, args.resolution, args.max_objects, args.min_objects, args.data_seed,
-        args.data_dir, args.variant,
+        args.data_dir, args.variant, args.mask_dir,
     )  # fmt: skip
     drawing = time.perf_counter() - start
     start = time.perf_counter()
     batches = list(wrap_in_loader(dataset, min(32, len(dataset)), shuffle=False))
     loading = time.perf_counter() - start
-    if 'mask' in batches[0]:
-        counts = torch.cat([torch.tensor([len(mask.unique()) - 1 for mask in batch['mask']]) for batch in batches])
+    masks = [mask for batch in batches for mask in batch.get('mask', ()) if (mask != IGNORE).any()]
+    if masks:
+        counts = torch.tensor([len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks])
         print('objects  images')
         for number, images in enumerate(torch.bincount(counts).tolist()):
             if images:
                 print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
+    print(dataset)
     verb = 'drawing' if args.dataset == 'shapes' else 'reading'
     print(f'{verb} {len(dataset) / drawing:,.0f} images/s, loading {len(dataset) / loading:,.0f} images/s')
     sample_sheet(dataset).save(args.output)
-    print(f'sheet of samples{" and masks" if "mask" in batches[0] else ""}: {args.output}')
+    print(f'samples{" and masks" if masks else ""}: {args.output}')
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit status; a user's mistake becomes one line and a 2."""
+    """Returns the exit status: 2 after a user's mistake and 130 after Ctrl-C, with one line on stderr."""
     try:
         if not args.prepare:
             preview(args)
             return 0
         start = time.perf_counter()
         path = prepare(
-            args.prepare, args.data_dir, args.resolution, args.max_objects, args.variant, args.limit, args.url
-        )
+            args.prepare, args.data_dir, args.resolution, args.max_objects, args.variant, args.limit, args.url,
+            output_dir=args.output_dir,
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         with h5py.File(path) as file:
             splits = np.bincount(file['split'][:], minlength=3)
@@ -960,14 +1153,17 @@ def main(args: argparse.Namespace) -> int:
         print(
             f'{splits.sum()} of {read} scenes kept, {path.stat().st_size / 1e6:,.1f} MB, {read / seconds:.0f} scenes/s'
         )
+        if args.limit:
+            print(f'to use this file instead of that of all scenes: --data_dir {quote(str(path))}')
     except (DataError, OSError) as error:
         print(f'dataset.py: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('interrupted: nothing was left behind but a download to go on with', file=sys.stderr)
+        print(f'interrupted{"; the same command continues a download" if args.prepare else ""}', file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(parse_args()))

@@ -1,4 +1,9 @@
-"""Shapes are repeatable, disjoint between splits, labelled as drawn, and come in whole batches."""
+"""Tests of shapes (repeatable, disjoint splits, labels as drawn), loaders (whole batches) and the command line."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,9 +81,9 @@ def test_a_crowded_small_image_still_holds_all_objects():
         (dict(min_objects=0), 'min_objects'),
         (dict(max_objects=99), 'max_objects'),
         (dict(split='all'), 'split'),
-        (dict(size=0), 'at least 1 image'),
+        (dict(size=0), 'number of images must be at least 1'),
         (dict(resolution=8), 'resolution'),
-        (dict(seed=-1), 'negative'),
+        (dict(seed=-1), 'must not be negative'),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):
@@ -172,3 +177,56 @@ def test_preview_refuses_in_one_line(capsys, flags):
     assert dataset.main(dataset.parse_args(['--num_images', '32', *flags])) == 2
     error = capsys.readouterr().err
     assert error.startswith('dataset.py: error: ') and error.count('\n') == 1
+
+
+def test_a_sheet_that_cannot_be_saved_is_refused_before_drawing(capsys, monkeypatch):
+    monkeypatch.setattr(dataset, 'create_dataset', None)
+    for output in ('s.xyz', 'no/such/folder/sheet.png'):
+        assert dataset.main(dataset.parse_args(['--output', output])) == 2
+        error = capsys.readouterr().err
+        assert f'--output {output}' in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--dataset clevr6 --min_objects 2', '--min_objects has no effect with --dataset clevr6'),
+        ('--dataset tetrominoes --variant binarized', '--variant has no effect with --dataset tetrominoes'),
+        ('--prepare tetrominoes --variant binarized', '--variant has no effect with --prepare tetrominoes'),
+        ('--prepare clevr6 --num_images 64', '--num_images has no effect with --prepare clevr6'),
+        ('--prepare clevr6 --dataset clevr6', '--dataset has no effect with --prepare clevr6'),
+        ('--dataset images --max_objects 6', '--max_objects has no effect with --dataset images'),
+        ('--mask_dir masks', '--mask_dir has no effect with --dataset shapes'),
+        ('--data_dir data', '--data_dir has no effect with --dataset shapes'),
+        ('--dataset clevr6 --limit 3', '--limit is for --prepare only'),
+        ('--url http://some', '--url is for --prepare only'),
+        ('--prepare clevr6 --resolution 8', '--resolution must be from 16 to 256, not 8'),
+        ('--prepare clevr6 --resolution 512', '--resolution must be from 16 to 256, not 512'),
+        ('--prepare clevr6 --limit 0', '--limit must be at least 1'),
+    ],
+)
+def test_flags_without_effect_and_out_of_range_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        dataset.parse_args(flags.split())
+    assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flags_with_an_effect_are_accepted():
+    for flags in (
+        '--dataset multi_dsprites --variant binarized --data_dir d --max_objects 3 --resolution 32 --output a.png',
+        '--dataset images --data_dir d --mask_dir m --num_images 40',
+        '--min_objects 2 --max_objects 2 --data_seed 1',
+        '--prepare multi_dsprites --variant binarized --data_dir d --output_dir o --url u --limit 3 --max_objects 3',
+    ):
+        dataset.parse_args(flags.split())
+
+
+def test_ctrl_c_during_the_imports_is_one_line():
+    Path('h5py.py').write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    run = subprocess.Popen(
+        [sys.executable, dataset.__file__], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={'PYTHONPATH': str(Path.cwd())},
+    )  # fmt: skip
+    assert run.stdout.readline() == 'importing\n'
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30)[1] == 'interrupted\n' and run.returncode == 130

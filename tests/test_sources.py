@@ -1,14 +1,20 @@
-"""Published records, folders of pictures and downloads: read value by value, and refused in one line."""
+"""Tests of published records, folders of pictures, masks and downloads: each value, and each error in one line."""
 
 import gzip
 import http.server
 import json
+import os
+import resource
 import struct
+import subprocess
 import threading
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -16,12 +22,20 @@ from PIL import Image
 import dataset
 import train
 import visualize
-from dataset import DataError, PictureFolder, PreparedDataset, create_dataloader, create_dataset, prepare
+from dataset import (
+    DataError,
+    PictureFolder,
+    PreparedDataset,
+    ShapesDataset,
+    create_dataloader,
+    create_dataset,
+    prepare,
+)
 
 SAMPLE = Path(__file__).resolve().parents[2] / 'shared' / 'clevr_sample'
 
 
-# A writer of its own: nothing here is shared with the reader.
+# A writer of TFRecords that shares no code with the reader.
 
 
 def crc32c(data: bytes) -> int:
@@ -158,9 +172,79 @@ def test_splits_follow_the_records_and_do_not_depend_on_the_filter(clevr_dir):
     assert splits[6] == {record: split for record, split in splits[10].items() if record not in (2, 3)}
 
 
-def test_limit_stops_early(clevr_dir):
-    with h5py.File(prepare('clevr6', clevr_dir, 16, limit=3)) as file:
+def test_limit_stops_early_under_a_name_of_its_own(clevr_dir):
+    whole = prepare('clevr6', clevr_dir, 16)
+    limited = prepare('clevr6', clevr_dir, 16, limit=3)
+    assert limited.name == 'clevr6_16_max6_limit3.h5' != whole.name
+    with h5py.File(limited) as file:
         assert file['record'][:].tolist() == [0, 1, 4] and file.attrs['scenes_read'] == 5
+    assert len(create_dataset('clevr6', 'train', None, 16, data_dir=clevr_dir)) == 4  # of the whole file
+    assert len(create_dataset('clevr6', 'train', None, 16, data_dir=limited)) == 3
+
+
+def test_the_split_of_a_record_is_the_same_in_every_prepared_file(clevr_dir):
+    splits = {}
+    for max_objects, limit in ((10, None), (6, None), (10, 3), (6, 5), (10, 7)):
+        with h5py.File(prepare('clevr6', clevr_dir, 16, max_objects, limit=limit)) as file:
+            for record, split in zip(file['record'][:].tolist(), file['split'][:].tolist(), strict=True):
+                assert splits.setdefault(record, split) == split
+    assert splits == {0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0, 6: 1, 7: 2}
+
+
+def test_a_file_named_as_data_dir_must_match_the_request(clevr_dir):
+    path = prepare('clevr6', clevr_dir, 16)
+    with pytest.raises(DataError, match='was prepared with resolution 16, not 32; use --resolution 16'):
+        create_dataset('clevr6', 'train', None, 32, data_dir=path)
+    with pytest.raises(DataError, match='was prepared with max_objects 6, not 10'):
+        create_dataset('clevr6', 'train', None, 16, max_objects=10, data_dir=path)
+    with pytest.raises(DataError, match=r'no file .*other.h5'):
+        create_dataset('clevr6', 'train', None, 16, data_dir=clevr_dir / 'other.h5')
+    with pytest.raises(DataError, match=r'must name the folder that contains .*tfrecords, not the file'):
+        create_dataset('clevr6', 'train', None, 16, data_dir=clevr_dir / 'clevr_with_masks_train.tfrecords')
+
+
+def test_the_next_preparation_deletes_what_a_killed_one_left(clevr_dir):
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    for name in (f'.clevr6_32_max6.h5.{ended.pid}', 'clevr_with_masks_train.tfrecords.part'):
+        (clevr_dir / name).write_bytes(b'unfinished')
+    (clevr_dir / f'.clevr6_32_max6.h5.{os.getppid()}').write_bytes(b'of a process that still runs')
+    prepare('clevr6', clevr_dir, 16)
+    assert sorted(path.name for path in clevr_dir.iterdir()) == [
+        f'.clevr6_32_max6.h5.{os.getppid()}', 'clevr6_16_max6.h5', 'clevr_with_masks_train.tfrecords'
+    ]  # fmt: skip
+
+
+def test_a_source_in_a_read_only_folder_is_prepared_elsewhere(clevr_dir, capsys):
+    prepare('clevr6', clevr_dir, 16, output_dir='else where/deep')
+    assert len(create_dataset('clevr6', 'train', None, 16, data_dir='else where/deep')) == 4
+    assert [path.suffix for path in clevr_dir.iterdir()] == ['.tfrecords']
+    flags = ('--prepare', 'clevr6', '--data_dir', clevr_dir, '--output_dir')
+    for folder in ('/proc', clevr_dir / 'clevr_with_masks_train.tfrecords' / 'folder'):  # not even root can write there
+        error = refused(capsys, *flags, folder)
+        assert '--output_dir FOLDER' in error and 'h5py' not in error and 'unable to' not in error.lower()
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_full_disk_is_said_without_the_text_of_hdf5(clevr_dir, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        error = refused(capsys, '--prepare', 'clevr6', '--data_dir', clevr_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'clevr6_128_max6.h5 cannot be written' in error and 'disk is full' in error and 'write failed' not in error
+    assert [path.suffix for path in clevr_dir.iterdir()] == ['.tfrecords']
+
+
+def test_a_fingerprint_tells_prepared_files_apart(clevr_dir):
+    prints = [
+        create_dataset('clevr6', split, size, 16, max_objects, data_dir=clevr_dir).fingerprint
+        for split, size, max_objects in (('train', None, 6), ('train', 2, 6), ('val', None, 6), ('train', None, 10))
+    ]
+    assert prints[0] == prints[1] == prints[2] != prints[3]
+    assert ShapesDataset(size=1).fingerprint == ShapesDataset('val', size=2).fingerprint
+    assert ShapesDataset(size=1).fingerprint != ShapesDataset(size=1, seed=1).fingerprint
 
 
 # The other published sets
@@ -240,22 +324,45 @@ def test_large_pictures_are_cropped_at_the_centre():
     assert np.allclose(row, (np.arange(84, 276) + 0.5) * 4 / 3 / 2 - 0.5, atol=1)
 
 
-def test_a_missing_picture_is_named(capsys):
+def test_a_picture_is_cropped_and_resized_as_in_the_training_data(clevr, clevr_dir):
+    Image.fromarray(clevr[1][1][0]).save('scene.png')
+    with h5py.File(prepare('clevr6', clevr_dir, 128)) as file:
+        assert np.array_equal(dataset.read_picture(Path('scene.png'), 128, 'clevr6'), file['image'][1])
+    Image.new('RGB', (100, 200)).save('narrow.png')
+    with pytest.raises(DataError, match=r'narrow.png is too narrow for the crop of clevr6'):
+        dataset.read_picture(Path('narrow.png'), 128, 'clevr6')
+
+
+def test_missing_pictures_are_counted_before_any_is_read(capsys, monkeypatch):
     write_clevr_v1(Path('data/CLEVR_v1.0'))
-    Path('data/CLEVR_v1.0/images/train/CLEVR_train_000001.png').unlink()
+    for number in (1, 4, 5):
+        Path(f'data/CLEVR_v1.0/images/train/CLEVR_train_00000{number}.png').unlink()
+    monkeypatch.setattr(dataset, 'open_picture', None)
     error = refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
-    assert 'CLEVR_train_scenes.json names' in error and 'CLEVR_train_000001.png' in error
+    assert '3 of the 6 pictures' in error and 'CLEVR_train_scenes.json' in error
+    assert 'first is data/CLEVR_v1.0/images/train/CLEVR_train_000001.png' in error
     assert not list(Path('data').glob('*.h5*'))
+
+
+def test_empty_lists_of_scenes_are_named(capsys):
+    write_clevr_v1(Path('data/CLEVR_v1.0'))
+    for split in ('val', 'train'):
+        Path(f'data/CLEVR_v1.0/scenes/CLEVR_{split}_scenes.json').write_text('{"scenes": []}')
+        error = refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
+        assert f'CLEVR_{split}_scenes.json lists no scenes' in error
+    for file in Path('data/CLEVR_v1.0/scenes').iterdir():
+        file.unlink()
+    assert 'has neither CLEVR_train_scenes.json' in refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
 
 
 def test_a_json_of_something_else_is_named(capsys):
     write_clevr_v1(Path('data/CLEVR_v1.0'))
     for text in ('{"scenes": [{"objects": []}]}', '[1, 2', '{"info": 1}'):
         Path('data/CLEVR_v1.0/scenes/CLEVR_train_scenes.json').write_text(text)
-        assert 'is no list of CLEVR scenes' in refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
+        assert 'is not a list of CLEVR scenes' in refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data')
 
 
-# What can be wrong with records and prepared files
+# Damaged records and prepared files
 
 
 def broken(kind: str, path: Path, record: bytes) -> None:
@@ -283,13 +390,13 @@ def broken(kind: str, path: Path, record: bytes) -> None:
 @pytest.mark.parametrize(
     ('kind', 'message'),
     [
-        ('truncated gzip', 'not complete'),
-        ('flipped byte in the gzip', 'damaged'),
-        ('flipped byte in the framing', 'length does not fit its checksum'),
-        ('cut plain file', 'ends within record 1'),
+        ('truncated gzip', 'not complete; delete the file and fetch it again'),
+        ('flipped byte in the gzip', 'fetch the file again'),
+        ('flipped byte in the framing', 'length does not match its checksum'),
+        ('cut plain file', 'ends within record 1: it is not complete; delete the file and fetch it again'),
         ('no mask', "record 0 is not as expected: it has no 'mask'"),
         ('another size', 'record 0 is not as expected'),
-        ('no example', 'damaged or no tf.train.Example'),
+        ('no example', 'damaged or not a tf.train.Example'),
         ('nothing', 'holds no records'),
     ],
 )
@@ -328,11 +435,16 @@ def test_a_prepared_file_half_written_is_refused(clevr_dir):
 
 def test_an_empty_folder_says_what_to_download_and_how(capsys):
     Path('data').mkdir()
-    assert train.main(train.parse_args(['--dataset', 'clevr6'])) == 2
+    assert dataset.main(dataset.parse_args(['--dataset', 'clevr6'])) == 2
     error = capsys.readouterr().err
     for part in ('clevr_with_masks_train.tfrecords', '10.5 GB', 'python dataset.py --prepare clevr6 --data_dir data'):
         assert part in error
     assert error.count('\n') <= 4
+
+
+def test_printed_commands_quote_a_path_with_blanks():
+    with pytest.raises(DataError, match="--prepare clevr6 --data_dir 'my data'"):
+        create_dataset('clevr6', 'train', None, data_dir='my data')
 
 
 # Prepared files as data sets
@@ -361,7 +473,7 @@ def test_flips_turn_images_and_labels_together():
     assert torch.equal(turned['image'][~same], batch['image'][~same].flip(-1))
 
 
-# Pictures of one's own
+# Folders of pictures
 
 
 @pytest.fixture
@@ -381,7 +493,7 @@ def test_pictures_are_found_cropped_and_split(pictures):
     for path in pictures.rglob('*.png'):
         Image.fromarray(wide).save(path)
     parts = [PictureFolder(pictures, split, resolution=16) for split in dataset.SPLITS]
-    assert [len(part) for part in parts] == [10, 1, 1]
+    assert sum(len(part) for part in parts) == 12 and min(len(part) for part in parts) >= 1
     assert any((image > 170).all() for image in parts[0].images)
     assert parts[0].labels is None
     assert np.array_equal(PictureFolder(pictures, 'train', 4, 16).images, parts[0].images[:4])
@@ -393,9 +505,10 @@ def test_masks_beside_pictures_are_labels(pictures):
     for path in list(pictures.rglob('*.png')):
         Image.fromarray(labels).save(path.with_name(path.stem + '_mask.png'))
     data = PictureFolder(pictures, 'train', resolution=20)
-    assert len(data) == 10  # masks are no pictures
-    with_mask = data.labels.any(axis=(1, 2))
+    assert sum(len(PictureFolder(pictures, split, resolution=20)) for split in dataset.SPLITS) == 12  # not the masks
+    with_mask = (data.labels != dataset.IGNORE).any(axis=(1, 2))
     assert with_mask.any() and not with_mask.all()
+    assert (data.labels[~with_mask] == dataset.IGNORE).all()  # no mask: no label, not all background
     expected = np.zeros((20, 20), np.uint8)
     expected[5:15, 5:15] = 7
     assert (data.labels[with_mask] == expected).all()
@@ -424,6 +537,273 @@ def test_folders_without_pictures_are_refused(tmp_path):
         create_dataset('images', 'train', None, 16, data_dir=tmp_path / 'empty')
     with pytest.raises(DataError, match='no folder'):
         create_dataset('images', 'train', None, 16, data_dir=tmp_path / 'missing')
+    with pytest.raises(DataError, match=r'no folder .*gone; --mask_dir'):
+        create_dataset('images', 'train', None, 16, data_dir=tmp_path / 'empty', mask_dir=tmp_path / 'gone')
+    with pytest.raises(DataError, match="mask_dir is for 'images' only"):
+        create_dataset('shapes', 'train', 1, mask_dir=tmp_path)
+
+
+def draw(number: int, size=(48, 36)) -> tuple[Image.Image, Image.Image]:
+    """A black picture with a white box, which no other number has, and its mask."""
+    labels = np.zeros(size[::-1], np.uint8)
+    y, x = divmod(number, 4)
+    labels[y * 3 : y * 3 + 9, x * 6 + 6 : x * 6 + 18] = 1
+    return Image.fromarray(labels * 255), Image.fromarray(labels)
+
+
+def draw_folder(picture: str, mask: str, numbers=range(12), masked=range(12)) -> None:
+    """Pictures and masks in `folder`, with these names."""
+    for number in numbers:
+        image, labels = draw(number)
+        for name, drawn in ((picture, image), *(((mask, labels),) if number in masked else ())):
+            path = Path('folder', name.format(number))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.save(path)
+
+
+def all_splits(folder='folder', resolution=36, **kwargs) -> list[PictureFolder]:
+    return [PictureFolder(folder, split, resolution=resolution, **kwargs) for split in dataset.SPLITS]
+
+
+@pytest.mark.parametrize(
+    ('picture', 'mask', 'folder', 'mask_dir'),
+    [
+        ('a{:02}.png', 'a{:02}_mask.png', 'folder', None),
+        ('a{:02}.png', 'a{:02}_Mask.PNG', 'folder', None),
+        ('images/a{:02}.png', 'masks/a{:02}.png', 'folder', None),
+        ('Images/a{:02}.png', 'MASKS/a{:02}_mask.png', 'folder', None),
+        ('x/images/y/a{:02}.png', 'x/masks/y/a{:02}.png', 'folder', None),
+        ('images/a{:02}.png', 'masks/a{:02}.png', 'folder/images', None),
+        ('images/a{:02}.png', 'labels/a{:02}.png', 'folder', 'folder/labels'),
+        ('images/a{:02}.png', 'labels/images/a{:02}.png', 'folder', 'folder/labels'),
+        ('JPEGImages/a{:02}.bmp', 'Segmentation/a{:02}.png', 'folder/JPEGImages', 'folder/Segmentation'),
+    ],
+)
+def test_masks_are_found_beside_and_in_a_parallel_folder(capsys, picture, mask, folder, mask_dir):
+    draw_folder(picture, mask)
+    parts = all_splits(folder, **({'mask_dir': mask_dir} if mask_dir else {}))
+    assert sum(len(part) for part in parts) == 12  # a mask is not a picture
+    for part in parts:
+        assert ((part.images[..., 0] > 127) == (part.labels == 1)).mean() > 0.99
+        assert f'{len(part)} with a mask' in str(part)
+    assert not capsys.readouterr().err
+
+
+def test_photographs_of_masks_are_pictures():
+    draw_folder('masks/a{:02}.png', '', masked=())
+    assert sum(len(part) for part in all_splits()) == 12
+
+
+def test_masks_without_a_picture_are_named(capsys):
+    draw_folder('images/a{:02}.png', 'masks/a{:02}.png')
+    draw(1)[1].save('folder/masks/b01.png')
+    draw(1)[1].save('folder/images/c01_mask.png')
+    assert sum(len(part) for part in all_splits()) == 12
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and 'c01_mask.png has no picture' in error and '(and 1 more)' in error
+
+
+def test_two_masks_of_one_picture_are_refused():
+    draw_folder('images/a{:02}.png', 'masks/a{:02}.png')
+    draw(1)[1].save('folder/images/a01_mask.png')
+    with pytest.raises(DataError, match=r'a01(_mask)?.png and .*a01(_mask)?.png are masks of the same picture'):
+        PictureFolder('folder', 'train')
+
+
+def test_a_removed_or_added_picture_moves_no_other():
+    def splits() -> dict[int, str]:
+        found = {}
+        for part, split in zip(all_splits(resolution=16), dataset.SPLITS, strict=True):
+            found |= {int(image[0, 0, 0]): split for image in part.images}
+        return found
+
+    Path('folder').mkdir()
+    for number in range(100):
+        Image.new('L', (16, 16), number).save(f'folder/{number}.png')
+    before = splits()
+    assert len(before) == 100 and min(list(before.values()).count(split) for split in ('val', 'test')) > 2
+    for number in (13, 57):
+        Path(f'folder/{number}.png').unlink()
+    Image.new('L', (16, 16), 200).save('folder/new.png')
+    after = splits()
+    assert set(before) - set(after) == {13, 57} and set(after) - set(before) == {200}
+    assert all(before[number] == after[number] for number in before.keys() & after.keys())
+
+
+def test_no_split_is_empty():
+    for number in range(3, 40):
+        parts = dataset.split_by_name({Path(f'{i}'): f'{i}' for i in range(number)})
+        assert all(parts.values()) and sum(map(len, parts.values())) == len(set().union(*parts.values())) == number
+
+
+def test_a_fingerprint_tells_folders_apart():
+    draw_folder('a{:02}.png', 'a{:02}_mask.png', masked=range(6))
+    prints = {part.fingerprint for part in [*all_splits(), PictureFolder('folder', 'train', 3, 16)]}
+    assert len(prints) == 1
+    draw(6)[1].save('folder/a06_mask.png')
+    prints.add(PictureFolder('folder', 'val').fingerprint)
+    Path('folder/a11.png').unlink()
+    prints.add(PictureFolder('folder', 'val').fingerprint)
+    assert len(prints) == 3
+
+
+def test_a_picture_without_a_mask_is_ignored_and_not_background(capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png', numbers=range(12), masked=range(0, 12, 2))
+    parts = all_splits()
+    labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+    unmasked = (labels == dataset.IGNORE).all(axis=(1, 2))
+    assert unmasked.sum() == len(labels) - sum(part.num_masks for part in parts)
+    assert unmasked.any() and (labels[~unmasked] <= 1).all()
+
+
+def test_label_255_is_not_an_object(capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png', masked=range(0, 12, 2))
+    for path in Path('folder').glob('*_mask.png'):
+        labels = np.array(Image.open(path))
+        labels[0] = 255
+        Image.fromarray(labels).save(path)
+    flags = '--dataset images --data_dir folder --resolution 36'.split()
+    assert dataset.main(dataset.parse_args(flags)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    number = PictureFolder('folder', 'train').num_masks
+    assert lines[1].split()[:2] == ['1', str(number)] and f'{number} with a mask' in lines[2]
+
+
+def test_masks_without_any_object_are_reported(capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        Image.fromarray(np.array(Image.open(path)) * 255).save(path)  # the object is 255, which is ignored
+    PictureFolder('folder', 'train')
+    error = capsys.readouterr().err
+    assert 'no train mask has an object' in error and '255' in error and error.count('\n') == 1
+
+
+def test_a_mask_of_another_aspect_ratio_is_not_used(capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        Image.new('L', (36, 36), 1).save(path)
+    data = PictureFolder('folder', 'train')
+    assert data.labels is None and len(data) > 6
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and f'(and {len(data) - 1} more)' in error
+    assert '_mask.png (36x36) and picture' in error and '(48x36) differ in aspect ratio' in error
+
+
+@pytest.mark.parametrize('size', [(24, 18), (25, 18), (480, 360)])
+def test_a_mask_of_another_size_and_the_same_aspect_ratio_is_used(size, capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        Image.open(path).resize(size, Image.Resampling.NEAREST).save(path)
+    for part in all_splits():
+        assert ((part.images[..., 0] > 127) == (part.labels == 1)).mean() > 0.95
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('orientation', [3, 6, 8])
+def test_exif_rotates_picture_and_mask(orientation):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+    upright = all_splits()
+    for number, path in enumerate(sorted(Path('folder').iterdir())):
+        if number % 2:  # some of the masks, some of the pictures
+            Image.open(path).transpose(turn).save(path, exif=exif)
+    for part, same in zip(all_splits(), upright, strict=True):
+        assert np.array_equal(part.images, same.images) and np.array_equal(part.labels, same.labels)
+
+
+def test_palette_masks_hold_their_indices():
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        mask = Image.open(path).convert('P')
+        mask.putdata(np.array(Image.open(path)).ravel())
+        mask.putpalette([0, 0, 0, 128, 0, 0])
+        mask.save(path)
+    for part in all_splits():
+        assert ((part.images[..., 0] > 127) == (part.labels == 1)).all()
+
+
+@pytest.mark.parametrize(('mode', 'shown'), [('RGB', 'PNG mode RGB'), ('I;16', 'mode I;16'), ('JPEG', 'JPEG mode L')])
+def test_masks_of_another_mode_are_reported_in_one_line(capsys, mode, shown):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        mask = Image.open(path)
+        if mode == 'JPEG':
+            mask.save(path, format='JPEG')
+        else:
+            (mask.convert('RGB') if mode == 'RGB' else Image.fromarray(np.array(mask).astype(np.uint16))).save(path)
+    data = PictureFolder('folder', 'train')
+    assert data.labels is None and len(data) > 6
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and shown in error and f'(and {len(data) - 1} more)' in error
+    assert "Image.fromarray(labels.astype('uint8')).save" in error
+
+
+def test_a_mask_that_cannot_be_read_leaves_its_picture(capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        path.write_text('text')
+    assert sum(len(part) for part in all_splits()) == 12
+    assert 'cannot be read' in capsys.readouterr().err
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits per channel, which PIL cannot write: [h, w, 3]."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+
+    height, width, _ = values.shape
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
+    header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+
+def test_deep_pictures_are_scaled_or_refused_but_never_black():
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for name, values in {
+        'float.tif': ramp,
+        'float255.tif': ramp * 255,
+        'bits12.png': (ramp * 4095).astype(np.uint16),
+        'bits12.tif': (ramp * 4095).astype(np.uint16),
+        'bits16.png': (ramp * 65535).astype(np.uint16),
+        'int32.tif': (ramp * 255).astype(np.int32),
+    }.items():
+        Image.fromarray(values).save(name)
+        found = dataset.read_picture(Path(name), 8)[..., 0]
+        assert np.abs(found - ramp * 255).max() <= 1.01, name
+    for name, values in {'nan.tif': ramp * np.nan, 'negative.tif': -ramp, 'large.tif': ramp * 1e6}.items():
+        Image.fromarray(values).save(name)
+        with pytest.raises(DataError, match=f'{name} cannot be read as a picture: its values are from'):
+            dataset.read_picture(Path(name), 8)
+    colours = np.repeat(ramp[..., None], 3, axis=2)
+    Path('rgb16.png').write_bytes(png_of_16_bits(colours * 65535))
+    assert dataset.read_picture(Path('rgb16.png'), 8).max() == 255
+    Path('rgb12.png').write_bytes(png_of_16_bits(colours * 4095))
+    with pytest.raises(DataError, match=r'rgb12.png .* at most 12 bits'):
+        dataset.read_picture(Path('rgb12.png'), 8)
+
+
+def test_pictures_are_listed_in_natural_order_through_links_and_without_hidden_ones():
+    for name in ('b/frame10.png', 'b/frame2.png', 'b/frame1.PNG', 'b/._frame1.png', '.hidden/frame3.png', 'c2/a.png'):
+        path = Path('folder', name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(0)[0].save(path)
+    Path('elsewhere').mkdir()
+    draw(0)[0].save('elsewhere/linked.png')
+    Path('folder/c10').symlink_to(Path('elsewhere').resolve())
+    Path('folder/b/loop').symlink_to(Path('folder').resolve())
+    found = [path.relative_to('folder').as_posix() for path in dataset.find_pictures(Path('folder'))]
+    assert found == ['b/frame1.PNG', 'b/frame2.png', 'b/frame10.png', 'c2/a.png', 'c10/linked.png']
+
+
+def test_what_exceeds_the_available_memory_is_refused_or_read_from_disk(pictures, clevr_dir, monkeypatch):
+    path = prepare('clevr6', clevr_dir, 16)
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=5_000))
+    with pytest.raises(DataError, match='do not fit in memory'):
+        PictureFolder(pictures, 'train', resolution=128)
+    assert not PreparedDataset(path, 'train').in_memory
 
 
 # Downloads
@@ -466,7 +846,7 @@ def server(monkeypatch):
     monkeypatch.setattr(dataset.time, 'sleep', lambda seconds: None)
     handler = type('Handler', (Server,), {'log': []})
     running = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     handler.url = f'http://127.0.0.1:{running.server_address[1]}/file'
     yield handler
     running.shutdown()
@@ -477,7 +857,7 @@ def test_a_download_goes_on_where_it_broke_off(server, clevr, capsys):
     server.content = (clevr[0] / 'clevr_with_masks_train.tfrecords').read_bytes()
     server.breaks, server.broken_after = 5, 10_000
     error = refused(capsys, '--prepare', 'clevr6', '--data_dir', 'data', '--url', server.url)
-    assert 'the same command goes on from there' in error
+    assert 'run the same command again to continue from there' in error
     assert Path('data/clevr_with_masks_train.tfrecords.part').stat().st_size == 50_000
     flags = ['--prepare', 'clevr6', '--data_dir', 'data', '--url', server.url]
     assert dataset.main(dataset.parse_args(flags)) == 0
@@ -501,7 +881,7 @@ def test_addresses_that_lead_nowhere_are_refused(server, capsys):
     assert not list(Path('data').iterdir())
 
 
-# Real renders, where they are at hand
+# Real renders, if the sample is present
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason='the sample of CLEVR renders is not here')
@@ -510,14 +890,14 @@ def test_real_renders_are_prepared_trained_on_scored_and_drawn(capsys):
     (Path('data') / 'clevr_with_masks_train.tfrecords').symlink_to(SAMPLE / 'clevr_with_masks_train.tfrecords')
     counts = [scene['objects'] for scene in json.loads((SAMPLE / 'index_tfrecord.json').read_text())['scenes']]
     small = '--dataset clevr6 --resolution 32 --hidden_dim 8 --slot_dim 16 --batch_size 16 --epochs 1'.split()
-    assert train.main(train.parse_args([*small, '--slot_init', 'gaussian', '--flip', '1'])) == 0
+    assert train.main(train.parse_args([*small, '--slot_init', 'gaussian'])) == 0
     with h5py.File('data/clevr6_32_max6.h5') as file:
         assert file['num_objects'][:].tolist() == [count for count in counts if count <= 6]
         for labels, count in zip(file['mask'][:], file['num_objects'][:], strict=True):
             assert labels.max() <= 10 and 1 <= len(np.unique(labels)) - 1 <= count
-    flags = '--eval --resume logs/checkpoints/best_model.pth --max_objects 10 --num_slots 11 --num_iterations 5'
+    flags = '--eval --resume logs/checkpoints/best_model.pth --max_objects 10 --num_slots 11'
     assert train.main(train.parse_args(flags.split())) == 0
     printed = capsys.readouterr().out
-    assert '45 test images of clevr6, 11 slots, 5 iterations' in printed and 'attn FG-ARI' in printed
+    assert '45 test images of clevr6, 11 slots' in printed
     assert visualize.main(visualize.parse_args(['--num_images', '2'])) == 0
     assert Path('visualizations/slots.png').stat().st_size > 5000
