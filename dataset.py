@@ -1041,11 +1041,19 @@ def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int =
     return Image.fromarray(sheet.numpy().repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def create_parser() -> Parser:
+    parser = Parser(
+        prog='dataset.py',
         description='Draw a sheet of sample images with their masks, count the objects and measure the loading speed; '
         'or, with --prepare, convert a published data set to the file that train.py reads.',
-        usage='python dataset.py [--help] [flags]',
+        usage='python dataset.py [flags]',
     )
 
     def add(name, help, default=None, group=parser, **kwargs):

@@ -45,7 +45,19 @@ try:
 except ImportError:  # not on Windows, where nothing stops two runs from sharing a folder
     fcntl = None
 
-from dataset import DATASETS, SIZES, VARIANTS, DataError, create_dataloader, create_dataset, flip, wrap_in_loader
+from dataset import (
+    DATASETS,
+    RESOLUTIONS,
+    SIZES,
+    SOURCE_FLAGS,
+    VARIANTS,
+    DataError,
+    Parser,
+    create_dataloader,
+    create_dataset,
+    flip,
+    wrap_in_loader,
+)
 from slot_attention import (
     ALL_PIXELS,
     IGNORE_LABEL,
@@ -83,10 +95,10 @@ NOT_SAVED = (
     'num_workers',
 )  # fmt: skip
 FREE_ON_RESUME = (  # other saved flags must not contradict the checkpoint
-    'data_dir', 'pixel_stride', 'steps', 'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'cooldown',
-    'clip', 'log_every', 'val_every', 'save_every', 'save_minutes',
+    'data_dir', 'mask_dir', 'pixel_stride', 'steps', 'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps',
+    'cooldown', 'clip', 'log_every', 'val_every', 'save_every', 'save_minutes',
 )  # fmt: skip
-FREE_IN_EVAL = ('data_dir', 'num_slots', 'num_iterations', 'val_size', 'max_objects')
+FREE_IN_EVAL = ('data_dir', 'mask_dir', 'num_slots', 'num_iterations', 'val_size', 'max_objects')
 SCORES = {
     'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'miou': 'mIoU', 'attn_fg_ari': 'attn FG-ARI',
     'consistency': 'consistency',
@@ -118,13 +130,6 @@ class Interrupted(Exception):
 # --- Command line ----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def create_parser(defaults: bool = True) -> Parser:
     """All flags with their defaults, of which parse_args() changes some; or without defaults and --help."""
     parser = Parser(
@@ -143,14 +148,16 @@ def create_parser(defaults: bool = True) -> Parser:
     # fmt: off
     group = parser.add_argument_group('data')
     add(group, 'dataset', str, 'shapes', 'source of the images', DATASETS)
-    add(group, 'data_dir', str, 'data', 'folder of the data, for all data sets but shapes')
-    add(group, 'variant', str, VARIANTS[0], 'which of the three multi_dsprites files', VARIANTS)
-    add(group, 'resolution', number(16), 64, 'side of the square images in pixels, 16 to 256')
-    add(group, 'max_objects', number(1), 6, 'most objects in an image; scenes with more are left out')
-    add(group, 'min_objects', number(1), 2, 'fewest objects in an image, shapes only')
+    add(group, 'data_dir', str, 'data', 'folder of the data, or a prepared .h5 file; not for shapes, which are drawn')
+    add(group, 'mask_dir', str, '', 'images: folder of the masks, with the names of the pictures; if empty: '
+        'NAME_mask.png beside NAME.jpg, or masks/NAME.png for images/NAME.jpg')
+    add(group, 'variant', str, VARIANTS[0], 'multi_dsprites: which of its three files', VARIANTS)
+    add(group, 'resolution', number(*RESOLUTIONS), 64, 'side of the square images in pixels')
+    add(group, 'max_objects', number(1), 6, 'most objects in an image; scenes with more are left out; not for images')
+    add(group, 'min_objects', number(1), 2, 'shapes: fewest objects in an image')
     add(group, 'train_size', number(0), 0, 'most training images to use; 0: all, and 10,000 for shapes')
     add(group, 'val_size', number(1), 320, 'most validation images to use; with --eval: test images')
-    add(group, 'data_seed', number(0), 0, 'seed of the drawn shapes')
+    add(group, 'data_seed', number(0), 0, 'shapes: seed of the drawing')
     add(group, 'flip', int, 0, '1: mirror each training image left to right with probability 0.5', (0, 1))
     group = parser.add_argument_group('model')
     add(group, 'architecture', str, 'fast',
@@ -161,17 +168,17 @@ def create_parser(defaults: bool = True) -> Parser:
     add(group, 'hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
     add(group, 'gradient', str, 'first_order',
         'backpropagate through all iterations (full) or the last one only (first_order)', ('full', 'first_order'))
-    add(group, 'damping', number(0, float), 1 / 32,
+    add(group, 'damping', number(0, kind=float), 1 / 32,
         "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
     group = parser.add_argument_group('optimisation')
     add(group, 'steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
     add(group, 'epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
     add(group, 'batch_size', number(1), 16, 'images per step, of all processes together')
-    add(group, 'lr', number(0, float), 2e-3, 'peak learning rate')
+    add(group, 'lr', number(0, kind=float), 2e-3, 'peak learning rate')
     add(group, 'warmup_steps', number(0), 300, 'steps of linear warm-up of the learning rate')
     add(group, 'decay_steps', number(0), 0, 'steps in which the learning rate halves; 0: it does not')
-    add(group, 'cooldown', number(0, float, 1), 0.5, 'share of the run, at its end, in which the rate falls to 0')
-    add(group, 'clip', number(0, float), 1.0, 'largest gradient norm; 0: no clipping')
+    add(group, 'cooldown', number(0, 1, float), 0.5, 'share of the run, at its end, in which the rate falls to 0')
+    add(group, 'clip', number(0, kind=float), 1.0, 'largest gradient norm; 0: no clipping')
     add(group, 'optimizer', str, 'muon', 'adam, or muon: Muon for the matrices and Adam for the rest', ('adam', 'muon'))
     add(group, 'pixel_stride', number(1), 2, 'compute the loss on every N-th row and column, at random offsets')
     add(group, 'seed', number(0), 0, 'seed of the weights, the order of the images and the noise of the slots')
@@ -180,7 +187,7 @@ def create_parser(defaults: bool = True) -> Parser:
     add(group, 'log_every', number(1), 50, 'steps between two points of the training curves')
     add(group, 'val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
     add(group, 'save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
-    add(group, 'save_minutes', number(0, float), 5.0, 'minutes between two writes of last.pth')
+    add(group, 'save_minutes', number(0, kind=float), 5.0, 'minutes between two writes of last.pth')
     add(group, 'resume', Path, None,
         'checkpoint, or folder of a run, to continue or to score with --eval; auto: the newest in --log_dir. '
         'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')
@@ -188,9 +195,9 @@ def create_parser(defaults: bool = True) -> Parser:
     add(group, 'eval', bool, False, 'score --resume on the test images and exit')
     add(group, 'search', bool, False, 'with --eval: also score slots that are pruned and reseeded, then refined, by '
         'the reconstruction error of each test image')
-    add(group, 'prune_threshold', number(0, float), 1e-3, 'change of the MSE of an image in [-1, 1] that justifies a '
-        'slot, with --search')
-    add(group, 'refine_steps', number(0), 20, 'steps of gradient descent on the slots, with --search')
+    add(group, 'prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in [-1, 1] that '
+        'justifies a slot')
+    add(group, 'refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
     add(group, 'amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
@@ -200,7 +207,7 @@ def create_parser(defaults: bool = True) -> Parser:
     return parser
 
 
-def number(lowest: int, kind: type = int, highest: float = 2**63 - 1) -> Callable[[str], float]:
+def number(lowest: int, highest: float = 2**63 - 1, kind: type = int) -> Callable[[str], float]:
     """An argparse type: a number of `kind` from `lowest` to `highest` (the default: the largest seed of torch)."""
 
     def parse(text: str) -> float:
@@ -272,12 +279,17 @@ def check_combination(args: argparse.Namespace, given: dict) -> None:
         raise ConfigError(f'--steps {args.steps} and --epochs {args.epochs}: one of them must be 0 and the other not')
     if args.pixel_stride > args.resolution:
         raise ConfigError(f'--pixel_stride {args.pixel_stride} is larger than the image of {args.resolution} pixels')
-    useless = {} if args.eval else {'search': 'without --eval'}
-    if args.eval:
-        useless = dict.fromkeys({*FREE_ON_RESUME, 'compile', 'log_dir', 'num_workers'} - {'data_dir'}, 'with --eval')
+    every_source = {name for names in SOURCE_FLAGS.values() for name in names}
+    useless = dict.fromkeys(every_source - {*SOURCE_FLAGS[args.dataset]}, f'with --dataset {args.dataset}')
+    if not args.eval:
+        useless['search'] = 'without --eval'
+    else:
+        useless |= dict.fromkeys(
+            {*FREE_ON_RESUME, 'compile', 'log_dir', 'num_workers'} - {*FREE_IN_EVAL}, 'with --eval'
+        )
     if not args.search:
         useless |= dict.fromkeys(('prune_threshold', 'refine_steps'), 'without --search')
-    for name in useless.keys() & given.keys():
+    for name in sorted(useless.keys() & given.keys()):
         raise ConfigError(f'--{name} has no effect {useless[name]}; leave it out')
 
 
@@ -730,8 +742,9 @@ def save(run: Run, name: str) -> None:
     states = [optimizer.state_dict()['state'] for optimizer in run.optimizers]
     try:
         save_checkpoint(
-            path, run.model, args=flags, data=data_of(run.args), progress=asdict(run.progress), optimizers=states
-        )
+            path, run.model, args=flags, data=data_of(run.args), progress=asdict(run.progress), optimizers=states,
+            fingerprint=run.train_loader.dataset.fingerprint,
+        )  # fmt: skip
         run.save_failed = False
         run.log.reopen()
     except OSError as error:
@@ -1104,7 +1117,18 @@ def data_of(args: argparse.Namespace) -> dict:
     return dict(
         dataset_type=args.dataset, resolution=args.resolution, max_objects=args.max_objects,
         min_objects=args.min_objects, seed=args.data_seed, data_dir=args.data_dir, variant=args.variant,
+        mask_dir=args.mask_dir or None,
     )  # fmt: skip
+
+
+def check_fingerprint(dataset: Dataset, checkpoint: dict, path: Path) -> None:
+    """Prints a warning if the data are not those that the checkpoint was trained on."""
+    if dataset.fingerprint != checkpoint['training'].get('fingerprint'):
+        print(
+            f'warning: {path} was trained on other data: images have been added, removed or changed, or were prepared '
+            'in another way',
+            file=sys.stderr,
+        )
 
 
 def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -> int:
@@ -1113,6 +1137,8 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
     model = context.place(build_model(checkpoint, args.resume))
     with context.main_process_first():
         test = create_dataset(split='test', size=args.val_size, **data_of(args))
+    if args.max_objects == load_flags(args.resume)['max_objects']:
+        check_fingerprint(test, checkpoint, args.resume)
     loader = wrap_in_loader(test, 32 * context.world_size, False, rank=context.rank, world_size=context.world_size)
     search = dict(prune_threshold=args.prune_threshold, refine_steps=args.refine_steps) if args.search else None
     with Stop() as stop:
@@ -1150,11 +1176,13 @@ def create_run(args: argparse.Namespace, context: DistributedContext, stop: Stop
             args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
             args.train_size or None, args.val_size, args.seed, args.data_seed, args.num_workers,
             context.device.type == 'cuda', args.data_dir, args.variant, context.rank, context.world_size,
+            args.mask_dir or None,
         )  # fmt: skip
     optimizers = create_optimizers(model, args.optimizer)
     run = Run(args, context, model, context.wrap(ReconstructionLoss(model)), optimizers, *loaders, Progress(), stop)
     if checkpoint is not None:
         restore_training(run, checkpoint['training'], args.resume)
+        check_fingerprint(run.train_loader.dataset, checkpoint, args.resume)
     run.total_steps = total_steps(args, run.progress, len(run.train_loader))
     return run
 
@@ -1208,8 +1236,8 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
         context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
         if run.total_steps <= args.warmup_steps:
             context.print0(
-                f'warning: the {run.total_steps} steps end within the warm-up (--warmup_steps {args.warmup_steps}), so the '
-                'run will learn little; set --steps, 5000 is the default'
+                f'warning: the {run.total_steps} steps end within the warm-up (--warmup_steps {args.warmup_steps}): the run '
+                'will learn little; set --steps, 5000 is the default'
             )
         if args.compile:
             context.print0('compiling the training step: the first one takes a minute or more')

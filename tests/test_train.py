@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import ROOT, SMALL, run, same, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -251,6 +252,23 @@ def test_sources_without_masks_train_and_report_no_segmentation_score(monkeypatc
     assert best == pytest.approx(2 * [-scalars('logs', 'val/mse')[6]])
 
 
+def test_other_data_than_those_of_the_training_are_warned_of(capsys):
+    folder = Path('pictures')
+    folder.mkdir()
+    for i in range(40):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f'{i}.png')
+    small = [flag for flag in ' '.join(SMALL).replace('--max_objects 2 --min_objects 1 --train_size 48 ', '').split()]
+    assert run(*small, '--dataset', 'images', '--data_dir', folder, '--epochs', 1) == 0
+    folder = folder.rename('moved')
+    assert run('--eval', '--resume', 'logs', '--data_dir', folder) == 0
+    assert 'warning' not in capsys.readouterr().err
+    (folder / '7.png').unlink()
+    assert run('--eval', '--resume', 'logs', '--data_dir', folder) == 0
+    assert 'last.pth was trained on other data' in capsys.readouterr().err
+    assert run('--resume', 'logs', '--epochs', 2, '--data_dir', folder) == 0
+    assert 'last.pth was trained on other data' in capsys.readouterr().err
+
+
 def test_a_run_shorter_than_its_warm_up_is_warned_of(capsys):
     for warmup, warned in ((6, True), (5, False)):
         assert run(*SMALL, '--epochs', 1, '--warmup_steps', warmup) == 0
@@ -326,12 +344,11 @@ def test_the_gradient_reaches_every_parameter_in_bfloat16(architecture, gradient
     ('flags', 'message'),
     [
         (['--architecture', 'paper', '--resolution', 100], 'multiple of 16 above 64'),
-        (['--resolution', 300], 'resolution must be from 16 to 256'),
+        (['--resolution', 300], 'argument --resolution: must be at least 16 and at most 256'),
         (['--min_objects', 5, '--max_objects', 3], 'min_objects (5) and max_objects (3)'),
         (['--num_slots', 0], 'argument --num_slots: must be at least 1'),
         (['--batch_size', 0], 'argument --batch_size: must be at least 1'),
         (['--batch_size', 64, '--train_size', 32], 'batch_size (64) must not exceed'),
-        (['--dataset', 'images', '--data_dir', 'nowhere'], 'no folder nowhere'),
         (['--resume', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
         (['--log_dir', 'file/logs'], 'cannot write to file/logs'),
         (['--pixel_stride', 17], '--pixel_stride 17 is larger than the image of 16 pixels'),
@@ -365,6 +382,9 @@ def test_mistakes_cost_one_line_and_nothing_is_written(capsys, flags, message):
         (['--dataset', 'mnist'], "invalid choice: 'mnist'"),
         (['--epoch', 3], 'unrecognized arguments'),
         (['--resume', '.'], 'no checkpoint at .'),
+        (['--dataset', 'images', '--data_dir', 'nowhere'], 'no folder nowhere'),
+        (['--dataset', 'clevr6', '--min_objects', 3], '--min_objects has no effect with --dataset clevr6'),
+        (['--data_dir', 'x'], '--data_dir has no effect with --dataset shapes'),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_in_one_line(capsys, flags, message):
