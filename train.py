@@ -195,8 +195,8 @@ def create_parser(defaults: bool = True) -> Parser:
     add(group, 'eval', bool, False, 'score --resume on the test images and exit')
     add(group, 'search', bool, False, 'with --eval: also score slots that are pruned and reseeded, then refined, by '
         'the reconstruction error of each test image')
-    add(group, 'prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in [-1, 1] that '
-        'justifies a slot')
+    add(group, 'prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in '
+        '[-1, 1] that justifies a slot')
     add(group, 'refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
     group = parser.add_argument_group('system')
     add(group, 'device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
@@ -1236,8 +1236,8 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
         context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
         if run.total_steps <= args.warmup_steps:
             context.print0(
-                f'warning: the {run.total_steps} steps end within the warm-up (--warmup_steps {args.warmup_steps}): the run '
-                'will learn little; set --steps, 5000 is the default'
+                f'warning: {run.total_steps} steps are not more than the {args.warmup_steps} of the warm-up: the run '
+                'will learn little; set --steps (default: 5000) or --warmup_steps'
             )
         if args.compile:
             context.print0('compiling the training step: the first one takes a minute or more')

@@ -257,7 +257,7 @@ def test_other_data_than_those_of_the_training_are_warned_of(capsys):
     folder.mkdir()
     for i in range(40):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f'{i}.png')
-    small = [flag for flag in ' '.join(SMALL).replace('--max_objects 2 --min_objects 1 --train_size 48 ', '').split()]
+    small = ' '.join(SMALL).replace('--max_objects 2 --min_objects 1 --train_size 48 ', '').split()
     assert run(*small, '--dataset', 'images', '--data_dir', folder, '--epochs', 1) == 0
     folder = folder.rename('moved')
     assert run('--eval', '--resume', 'logs', '--data_dir', folder) == 0
