@@ -604,7 +604,12 @@ class Candidate(NamedTuple):
 
 @torch.no_grad()
 def prune_and_reseed(
-    model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor, prune_threshold: float = 1e-3, num_reseeds: int = 2
+    model: SlotAttentionAutoEncoder,
+    images: Tensor,
+    slots: Tensor,
+    prune_threshold: float = 1e-3,
+    num_reseeds: int = 2,
+    num_iterations: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Removes slots that the reconstruction does not need, then tries them where it is worst.
 
@@ -612,6 +617,7 @@ def prune_and_reseed(
     slots            [B, K, D] initial slots, as in model(images, slots=slots)
     prune_threshold  change of the image's MSE (images in [-1, 1]) that justifies a slot
     num_reseeds      how many absent slots are tried
+    num_iterations   as in model(images)
 
     Two slots reconstruct an object slightly better than one, so spare slots learn to share objects, and a slot
     that has converged on two objects stays there. The reconstruction error shows both, without labels, as the
@@ -630,7 +636,7 @@ def prune_and_reseed(
         raise ConfigError("prune_and_reseed needs the 'fast' architecture, whose slots have a position")
     features = attention.norm_inputs(model.encoder(images))  # [B, N, C]
 
-    def attempt(slots: Tensor, slot_mask: Tensor, num_iterations: int | None = None) -> Candidate:
+    def attempt(slots: Tensor, slot_mask: Tensor, num_iterations: int | None) -> Candidate:
         slots, attn = attention.iterate(features, slots, num_iterations, slot_mask)
         glimpsed = attention.add_glimpse(features, slots, attn[:, -1])
         return Candidate(
@@ -642,7 +648,7 @@ def prune_and_reseed(
         pairs = zip(trial, best, strict=True)
         return Candidate(*(torch.where(accepted.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
 
-    best = attempt(slots, torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device))
+    best = attempt(slots, torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device), num_iterations)
     for weakest in best.attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
         trial = attempt(best.slots, best.slot_mask.scatter(1, weakest[:, None], False), num_iterations=1)
         best = select(trial.error < best.error + prune_threshold, trial, best)
@@ -651,7 +657,9 @@ def prune_and_reseed(
         reseeded = absent & (absent.cumsum(dim=1) == 1)  # [B, K], the first absent slot
         frame = F.pad(best.worst, (0, 1), value=0.12)[:, None].expand(-1, slots.shape[1], -1)  # a small object's scale
         placed = torch.cat([frame, slots[..., FRAME:]], dim=2)
-        trial = attempt(torch.where(reseeded[:, :, None], placed, best.slots), best.slot_mask | reseeded)
+        trial = attempt(
+            torch.where(reseeded[:, :, None], placed, best.slots), best.slot_mask | reseeded, num_iterations
+        )
         best = select(reseeded.any(dim=1) & (trial.error <= best.error - prune_threshold), trial, best)
     return best.glimpsed, best.slot_mask
 

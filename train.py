@@ -843,7 +843,9 @@ def evaluate(
             rows['network']['consistency'].append(adjusted_rand_index(found, again, where).cpu())
         if search is None:
             return
-        slots, slot_mask = prune_and_reseed(model, images, initial, search['prune_threshold'])
+        slots, slot_mask = prune_and_reseed(
+            model, images, initial, search['prune_threshold'], num_iterations=num_iterations
+        )
         for row in ('+ prune', '+ refine'):
             if row == '+ refine':
                 slots = refine(model, images, slots, slot_mask, search['refine_steps'])
