@@ -11,7 +11,7 @@ called "the paper" below. The file has five parts:
 
     1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is ReconstructionLoss in train.py);
                          tests/test_reference.py compares it with the authors' code
-    2. The fast variant  FramedSlotAttention, Glimpse, ImplicitDecoder: learns in minutes on a CPU
+    2. The fast variant  FramedSlotAttention, KeepHead, ErrorHead, Glimpse, ImplicitDecoder: learns in minutes
     3. Search            prune_and_reseed, refine: improve the slots of one image at test time
     4. Scores            FG-ARI, ARI, mBO, mIoU
     5. Checkpoints       ModelConfig, save_checkpoint, load_checkpoint, load_model
@@ -23,10 +23,11 @@ positions of the encoder's feature grid, C feature channels, H x W pixels.
 import io
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -329,51 +330,156 @@ class StridedEncoder(Encoder):
         keras_init(self)
 
 
+class KeepHead(nn.Module):
+    """Predicts which slots are needed: a small transformer over the slots of an image.
+
+    A token is a slot, the attention it won, its peak, and how clearly it won. The attention between two tokens is
+    biased by what both slots attend to: a duplicate has a partner that can take over.
+    """
+
+    def __init__(self, slot_dim: int, width: int = 96, num_heads: int = 4, num_layers: int = 2):
+        super().__init__()
+        self.num_heads = num_heads
+        self.embed = nn.Linear(slot_dim + 3, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                dict(
+                    norm_attention=nn.LayerNorm(width), qkv=nn.Linear(width, 3 * width), bias=nn.Linear(2, num_heads),
+                    out=nn.Linear(width, width), norm_mlp=nn.LayerNorm(width),
+                    mlp=nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)),
+                )
+            )
+            for _ in range(num_layers)
+        )  # fmt: skip
+        self.logit = nn.Linear(width, 1)
+        nn.init.constant_(self.logit.bias, 2.0)  # at first all slots are needed
+
+    def forward(self, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
+        """slots [B, K, D], attn [B, K, N], slot_mask [B, K] -> logits [B, K] of being needed, +inf for absent slots."""
+        B, K, _ = slots.shape
+        attn = attn.float().clamp(1e-4, 1 - 1e-4)
+        won = attn.sum(dim=2, keepdim=True)  # [B, K, 1]
+        clearly = (attn * torch.logit(attn)).sum(dim=2, keepdim=True) / won
+        shared = (attn @ attn.transpose(1, 2) / won + 1e-3).log()  # [B, K, K]: share of one that is the other's too
+        shared = torch.stack([shared, shared.transpose(1, 2)], dim=3)  # [B, K, K, 2]
+        x = torch.cat([slots, (won / attn.shape[2]).log(), attn.amax(dim=2, keepdim=True), clearly], dim=2)
+        x = self.embed(x)  # [B, K, width]
+        for layer in self.layers:
+            qkv = layer['qkv'](layer['norm_attention'](x)).view(B, K, 3, self.num_heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, K, width / heads] each
+            bias = layer['bias'](shared).permute(0, 3, 1, 2)  # [B, heads, K, K]
+            bias = bias.masked_fill(~slot_mask[:, None, None], -1e4).to(q.dtype)
+            x = x + layer['out'](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+            x = x + layer['mlp'](layer['norm_mlp'](x))
+        return self.logit(x).squeeze(2).float().masked_fill(~slot_mask, math.inf)
+
+
+class ErrorHead(nn.Module):
+    """Predicts where the reconstruction will be wrong, without decoding it: a small MLP at every position."""
+
+    def __init__(self, input_dim: int, slot_dim: int, width: int = 64):
+        super().__init__()
+        self.of_inputs = nn.Linear(input_dim, width)
+        self.of_slots = nn.Linear(slot_dim, width)
+        self.of_attn = nn.Linear(3, width)
+        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def forward(self, inputs: Tensor, slots: Tensor, attn: Tensor, evidence: Tensor) -> Tensor:
+        """inputs [B, N, D_in], slots [B, K, D], attn [B, K, N], evidence [B, N] -> log squared error [B, N].
+
+        The evidence is the logsumexp of the attention logits over the slots: how well any slot fits the position.
+        """
+        highest = attn.topk(min(2, attn.shape[1]), dim=1).values.transpose(1, 2)  # [B, N, 2]
+        highest = F.pad(highest, (0, 2 - highest.shape[2]))
+        summary = self.of_attn(torch.cat([highest, evidence[..., None]], dim=2))
+        return self.mlp(self.of_inputs(inputs) + attn.transpose(1, 2) @ self.of_slots(slots) + summary)[..., 0].float()
+
+
+@dataclass
+class Trace:
+    """What FramedSlotAttention.iterate() records for the training of its heads, without gradient."""
+
+    inputs: Tensor | None = None  # [B, N, D_in], normalised
+    k: Tensor | None = None  # [B, N, D]
+    v: Tensor | None = None  # [B, N, D]
+    states: list = field(default_factory=list)  # (slots, attn, slot_mask) when a slot may be moved or dropped
+    last: tuple = ()  # slots, attn and slot_mask after the last iteration
+
+
 class FramedSlotAttention(SlotAttention):
     """Slot Attention with a position and a scale per slot (Invariant Slot Attention, Biza et al. 2023).
 
-    It differs from Algorithm 1 in four points:
+    It differs from Algorithm 1 in five points:
 
     frame          The first three entries of a slot are the mean position (x, y) and the standard deviation
                    of its attention. They are measured in every iteration; the rest is updated by the GRU.
+                   A scale of 0 means that the slot is absent: its mask is 0.
     locality bias  A learned multiple of the squared distance to the slot, in its frame, is subtracted from
                    the logits: objects of similar colour are separated by their position.
     damping        The sum over the inputs is divided by (attention won + damping * N) instead of (attention
                    won), so a slot that wins little changes little. In Algorithm 1 every spare slot gets a
                    full mean of the inputs and moves onto an object that another slot already represents
                    (see also Krimmel et al. 2024, arXiv 2407.04170).
+    reallocation   Two slots may share an object while another slot holds two. After each of `moves` iterations
+                   from the fourth on, the slot that KeepHead needs least, if it is redundant, is moved to where
+                   ErrorHead predicts the largest error. After each of the last `drops` iterations but one it is
+                   dropped, one slot at a time, so that another can take over. See reallocation_loss().
     glimpse        After the last iteration each slot reads the features around it, see Glimpse.
     """
 
     MIN_SCALE = 0.05
 
-    def __init__(self, input_dim: int, grid_size: int, *args, damping: float = 0.0, **kwargs):
+    def __init__(
+        self, input_dim: int, grid_size: int, *args, damping: float = 0.0, moves: int = 0, drops: int = 0, **kwargs
+    ):
         super().__init__(input_dim, *args, **kwargs)
-        self.damping = damping
+        self.damping, self.moves, self.drops = damping, moves, drops
+        if moves or drops:
+            self.keep_head = KeepHead(self.slot_dim)
+            self.error_head = ErrorHead(input_dim, self.slot_dim)
         self.register_buffer('grid', coord_grid(grid_size), persistent=False)
         self.locality_bias = nn.Parameter(torch.tensor(-2.0))  # before a softplus
         self.glimpse = Glimpse(input_dim, self.slot_dim)
 
     def forward(
-        self, inputs: Tensor, slots: Tensor | None = None, num_iterations: int | None = None
+        self,
+        inputs: Tensor,
+        slots: Tensor | None = None,
+        num_iterations: int | None = None,
+        moves: int | None = None,
+        drops: int | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Arguments and shapes as SlotAttention.forward; N = h * w positions of a square grid."""
+        """Arguments and shapes as SlotAttention.forward; N = h * w positions of a square grid.
+
+        moves, drops  0: none, though the model has them (early in training); default: the constructor's
+        trace         is filled for reallocation_loss()
+        """
         slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
         inputs = self.norm_inputs(inputs)
-        slots, attn = self.iterate(inputs, slots, num_iterations)
-        return self.add_glimpse(inputs, slots, attn[:, -1]), attn
+        moves, drops = self.moves if moves is None else moves, self.drops if drops is None else drops
+        slots, attn, slot_mask = self.iterate(inputs, slots, num_iterations, None, moves, drops, trace)
+        return self.add_glimpse(inputs, slots, attn[:, -1], slot_mask), attn
 
     def iterate(
-        self, inputs: Tensor, slots: Tensor, num_iterations: int | None = None, slot_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Algorithm 1 with frames, without the glimpse; arguments as in forward(), but the inputs normalised.
+        self,
+        inputs: Tensor,
+        slots: Tensor,
+        num_iterations: int | None = None,
+        slot_mask: Tensor | None = None,
+        moves: int = 0,
+        drops: int = 0,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Algorithm 1 with frames and reallocation, without the glimpse: slots [B, K, D], attn [B, T, K, N], slot_mask.
 
+        inputs     [B, N, D_in], normalised
         slot_mask  bool [B, K], False for absent slots, which get no attention; default: all are present
         """
         T = self.num_iterations if num_iterations is None else num_iterations
-        B, K, D = slots.shape
         initial, attns = slots, []
-
+        if slot_mask is None:
+            slot_mask = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
         for t in range(T):
             last = t == T - 1
@@ -381,24 +487,76 @@ class FramedSlotAttention(SlotAttention):
                 slots = slots.detach() + initial - initial.detach() if last else slots.detach()
             # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
-                q = self.project_q(self.norm_slots(slots))  # [B, K, D]
-                logits = q @ k.transpose(1, 2) * D**-0.5 - self.locality_penalty(slots)  # [B, K, N]
-                if slot_mask is not None:
-                    logits = logits.masked_fill(~slot_mask[:, :, None], torch.finfo(logits.dtype).min)
-                attn = logits.softmax(dim=1)  # Eq. 1, [B, K, N]
-                weights = attn + 1e-8
-                won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
-                updates = weights / (won + self.damping * attn.shape[2]) @ v  # Eq. 2, damped, [B, K, D]
-                slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
-                slots = slots + self.mlp(self.norm_mlp(slots))
-                slots = torch.cat([*self.frame(attn), slots[..., FRAME:]], dim=2)
+                slots, attn = self.step(slots, k, v, slot_mask)
+                if self.moves or self.drops:
+                    slots, slot_mask = self.reallocate(slots, attn, slot_mask, inputs, k, v, t, T, moves, drops, trace)
             attns.append(attn)
-        return slots, torch.stack(attns, dim=1)
+        if trace is not None:
+            trace.inputs, trace.k, trace.v = inputs.detach(), k.detach(), v.detach()
+            trace.last = slots.detach(), attns[-1].detach(), slot_mask
+        return slots, torch.stack(attns, dim=1), slot_mask
 
-    def add_glimpse(self, inputs: Tensor, slots: Tensor, attn: Tensor) -> Tensor:
-        """normalised inputs [B, N, D_in], slots [B, K, D], attn [B, K, N] -> slots; their frame is unchanged."""
+    def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """One iteration: slots [B, K, D], k and v [B, N, D], slot_mask [B, K] -> slots, attn [B, K, N]."""
+        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
+        logits = q @ k.transpose(1, 2) * slots.shape[2] ** -0.5 - self.locality_penalty(slots)  # [B, K, N]
+        logits = logits.masked_fill(~slot_mask[:, :, None], torch.finfo(logits.dtype).min)
+        attn = logits.softmax(dim=1)  # Eq. 1, [B, K, N]
+        return self.update(slots, attn, v), attn
+
+    def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
+        """Slots [B, K, D] updated with what they attend to: attn [B, K, N], v [B, N, D]."""
+        B, K, D = slots.shape
+        weights = attn + 1e-8
+        won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
+        updates = weights / (won + self.damping * attn.shape[2]) @ v  # Eq. 2, damped, [B, K, D]
+        slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
+        slots = slots + self.mlp(self.norm_mlp(slots))
+        return torch.cat([*self.frame(attn), slots[..., FRAME:]], dim=2)
+
+    def reallocate(
+        self, slots: Tensor, attn: Tensor, slot_mask: Tensor, inputs: Tensor, k: Tensor, v: Tensor, t: int, T: int,
+        moves: int, drops: int, trace: Trace | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Moves or drops the least needed slot after iteration t of T, if it is time: slots [B, K, D], slot_mask [B, K].
+
+        moves, drops  0: record the state for the training of the heads, but change nothing
+        """
+        dropping = T - 1 - self.drops <= t < T - 1
+        moving = 3 <= t < 3 + self.moves and not dropping
+        if not (moving or dropping):
+            return slots, slot_mask
+        if trace is not None:
+            trace.states.append((slots, attn, slot_mask))
+        if not (moves if moving else drops):
+            return slots, slot_mask
+        chosen = self.redundant_slot(slots, attn, slot_mask)
+        if dropping:
+            return slots, slot_mask & ~chosen
+        worst = around_maximum(self.predicted_error(inputs, slots, attn, slot_mask, k).exp(), self.grid)  # [B, N]
+        return torch.where(chosen[:, :, None], self.update(slots, worst[:, None].expand_as(attn), v), slots), slot_mask
+
+    def redundant_slot(self, slots: Tensor, attn: Tensor, slot_mask: Tensor, threshold: float = 0.0) -> Tensor:
+        """The least needed slot of each image, if its logit is below the threshold and others are present: bool [B, K]."""
+        logit, index = self.keep_head(slots, attn, slot_mask).min(dim=1)  # [B] each
+        redundant = (logit < threshold) & (slot_mask.sum(dim=1) > 1)  # [B]
+        return F.one_hot(index, slots.shape[1]).bool() & redundant[:, None]
+
+    def predicted_error(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor, k: Tensor) -> Tensor:
+        """The logarithm of the squared error that ErrorHead predicts at each position: [B, N]."""
+        q = self.project_q(self.norm_slots(slots))
+        logits = q @ k.transpose(1, 2) * slots.shape[2] ** -0.5 - self.locality_penalty(slots)  # [B, K, N]
+        evidence = logits.masked_fill(~slot_mask[:, :, None], -1e4).logsumexp(dim=1)
+        return self.error_head(inputs, slots, attn, evidence)
+
+    def add_glimpse(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
+        """The slots to decode: normalised inputs [B, N, D_in], slots [B, K, D], attn [B, K, N], slot_mask [B, K].
+
+        The glimpse is added to all but the frame; absent slots get the scale 0.
+        """
         positions, scales, _ = slots.split([2, 1, self.slot_dim - FRAME], dim=2)
         seen = self.glimpse(inputs, attn, positions, scales, self.grid, self.norm_slots(slots))
+        scales = scales.masked_fill(~slot_mask[:, :, None], 0)
         return torch.cat([positions, scales, (slots + seen)[..., FRAME:]], dim=2)
 
     def frame(self, attn: Tensor) -> tuple[Tensor, Tensor]:
@@ -473,19 +631,21 @@ ALL_PIXELS = (slice(None), slice(None))
 class ImplicitDecoder(nn.Module):
     """Decodes a slot with a small network whose weights are a function of the slot (a hyper-network).
 
-    The network maps a pixel's coordinates in the slot's frame, see to_slot_frame(), through one hidden layer of
-    UNITS half-planes to colours and a mask logit. Any rows and columns can be decoded alone, and an object looks
-    the same wherever it lies (as in Invariant Slot Attention).
+    The mask logit is a function of a pixel's coordinates in the slot's frame, see to_slot_frame(), through one
+    hidden layer of UNITS half-planes. Colours are quadratic in the same coordinates: smooth, so an outline must be
+    one of the mask, and one slot cannot draw two objects, or an object and its background, as well as two slots
+    can. Any rows and columns can be decoded alone, and an object looks the same wherever it lies (as in Invariant
+    Slot Attention). A slot with a scale of 0 or below is absent: its logit is the lowest number.
     """
 
-    UNITS, MIN_SCALE = 16, 0.01  # slots edited by the user may have a scale below zero
+    UNITS, MIN_SCALE = 16, 0.01
 
     def __init__(self, resolution: int, slot_dim: int, hidden_dim: int):
         super().__init__()
         self.register_buffer('grid', coord_grid(resolution), persistent=False)
-        num_weights = 3 * self.UNITS + 4 * (self.UNITS + 1)
+        self.num_weights = [3 * self.UNITS, self.UNITS + 1, 3 * 5]
         width = 3 * hidden_dim  # computed per slot, not per pixel: cheap
-        self.hyper = nn.Sequential(nn.Linear(slot_dim, width), nn.ReLU(), nn.Linear(width, num_weights))
+        self.hyper = nn.Sequential(nn.Linear(slot_dim, width), nn.ReLU(), nn.Linear(width, sum(self.num_weights)))
         keras_init(self)
         # The two generated layers multiply each other: at full scale the MSE of the first images is up to 10.
         self.hyper[-1].weight.data.mul_(0.3)
@@ -497,36 +657,40 @@ class ImplicitDecoder(nn.Module):
         x = to_slot_frame(self.grid[columns], positions, scales)[:, 0:1]  # [M, 1, W]
         y = to_slot_frame(self.grid[rows], positions, scales)[:, 1:2]  # [M, 1, H]
         code = torch.cat([positions, scales.log(), slots[:, FRAME:]], dim=1)
-        inner, outer = self.hyper(code).split([3 * self.UNITS, 4 * (self.UNITS + 1)], dim=1)
-        inner, outer = inner.unflatten(1, (self.UNITS, 3)), outer.unflatten(1, (4, self.UNITS + 1))
-        # A half-plane is a function of x plus a function of y: no product per pixel is needed.
+        inner, outer, colour = self.hyper(code).split(self.num_weights, dim=1)
+        inner, outer, colour = inner.unflatten(1, (self.UNITS, 3)), outer[:, None], colour.unflatten(1, (3, 5))
+        # Half-planes and colours are a function of x plus a function of y: no product per pixel is needed.
         along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, UNITS, W]
         along_y = inner[:, :, 1:2] * y  # [M, UNITS, H]
         # Rounding to the dtype of autocast before the ReLU, not after it, halves the memory traffic.
         hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(outer.dtype)  # [M, UNITS, H, W]
         hidden = hidden.relu_().flatten(2)  # [M, UNITS, H * W]
-        decoded = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 4, H * W]
-        return decoded.unflatten(2, (y.shape[2], x.shape[2]))
+        logit = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 1, H * W]
+        logit = logit.masked_fill(slots[:, 2:FRAME, None] <= 0, torch.finfo(logit.dtype).min)
+        x, y = x / 4, y / 4  # in [-1, 1]
+        along_x = colour[:, :, 0:1] + colour[:, :, 1:2] * x + colour[:, :, 2:3] * x.square()  # [M, 3, W]
+        along_y = colour[:, :, 3:4] * y + colour[:, :, 4:5] * y.square()  # [M, 3, H]
+        rgb = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(logit.dtype)  # [M, 3, H, W]
+        return torch.cat([rgb, logit.unflatten(2, rgb.shape[2:])], dim=1)
 
 
 def fast_parts(config: 'ModelConfig') -> tuple[StridedEncoder, FramedSlotAttention, ImplicitDecoder]:
     """Encoder, Slot Attention and decoder of the fast variant."""
     encoder = StridedEncoder(config.resolution, config.hidden_dim)
     sizes = config.hidden_dim, encoder.grid_size, config.num_slots, config.slot_dim
-    attention = FramedSlotAttention(*sizes, config.num_iterations, config.gradient, damping=config.damping)
+    attention = FramedSlotAttention(
+        *sizes, config.num_iterations, config.gradient,
+        damping=config.damping, moves=config.moves, drops=config.drops,
+    )  # fmt: skip
     return encoder, attention, ImplicitDecoder(config.resolution, config.slot_dim, config.hidden_dim)
 
 
 def decode_partial(
-    model: SlotAttentionAutoEncoder, slots: Tensor, pixels: Pixels = ALL_PIXELS, slot_mask: Tensor | None = None
+    model: SlotAttentionAutoEncoder, slots: Tensor, pixels: Pixels = ALL_PIXELS
 ) -> tuple[Tensor, Tensor]:
-    """As model.decode(), for some of the pixels and some of the slots.
+    """As model.decode(), for some of the pixels: slots [B, K, D] -> colours [B, K, 3, H, W], masks [B, K, 1, H, W].
 
-    slots      [B, K, D]
-    pixels     the rows and columns to decode, H and W of them
-    slot_mask  bool [B, K], False for absent slots, whose masks are 0; default: all are present
-
-    Returns colours [B, K, 3, H, W] and masks [B, K, 1, H, W].
+    pixels  the rows and columns to decode, H and W of them
     """
     flat = slots.flatten(0, 1)  # [M, D]
     if isinstance(model.decoder, ImplicitDecoder):
@@ -534,9 +698,78 @@ def decode_partial(
     else:  # a convolution needs its neighbours: decode the whole image
         decoded = model.decoder(flat)[:, :, pixels[0]][..., pixels[1]]
     rgbs, logits = decoded.unflatten(0, slots.shape[:2]).split([3, 1], dim=2)
-    if slot_mask is not None:
-        logits = logits.masked_fill(~slot_mask[:, :, None, None, None], torch.finfo(logits.dtype).min)
     return rgbs, logits.softmax(dim=1)
+
+
+def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
+    """Values >= 0 on the feature grid [B, N] -> a window around their maximum, [B, N], whose largest entry is 1.
+
+    The values are smoothed before the maximum is taken, with a kernel about as wide as an object.
+    """
+    size, values = len(grid), values.unflatten(1, (len(grid), len(grid)))  # [B, h, w]
+    kernel = torch.exp(-0.5 * ((grid[:, None] - grid) / 0.125).square()).to(values)  # [w, w]
+    worst = (kernel @ values @ kernel).flatten(1).argmax(dim=1)  # [B]
+    window = (values * kernel[worst // size][:, :, None] * kernel[worst % size][:, None, :]).flatten(1)
+    return window / (window.amax(dim=1, keepdim=True) + 1e-12)
+
+
+# What a slot must be worth to be needed, see try_without(): shares of the variance of the image and of its error.
+WORTH_OF_VARIANCE, WORTH_OF_ERROR, NEEDED_WEIGHT = 0.004, 0.05, 1.5
+
+
+def reallocation_loss(
+    model: SlotAttentionAutoEncoder, images: Tensor, errors: Tensor, trace: Trace, rng: np.random.Generator
+) -> Tensor:
+    """The loss of KeepHead and ErrorHead in a training step; the rest of the model gets no gradient from it.
+
+    images  [B, 3, H, W]
+    errors  [B, h, w], squared errors of their reconstruction, of any rows and columns
+    trace   of the forward pass
+    """
+    attention, size = model.slot_attention, model.encoder.grid_size
+    target = (F.adaptive_avg_pool2d(errors.detach(), size).flatten(1) + 1e-5).log()  # [B, N]
+    predicted = attention.predicted_error(trace.inputs, *trace.last, trace.k)
+    # The likelihood of an exponential distribution: lowest where the predicted error is the mean error.
+    loss = 0.01 * (predicted + (target - predicted).clamp(max=6).exp() - target - 1).mean()
+    slots, attn, slot_mask, chosen, needed = try_without(model, images, trace, rng)
+    logits = attention.keep_head(slots, attn, slot_mask).gather(1, chosen[:, None]).squeeze(1)  # [n]
+    terms = F.binary_cross_entropy_with_logits(logits, needed.float(), reduction='none')
+    terms = terms * (1.0 + needed * (NEEDED_WEIGHT - 1)) * (slot_mask.sum(dim=1) > 1)  # losing an object is worse
+    return loss + 0.1 * terms.mean()
+
+
+@torch.no_grad()
+def try_without(
+    model: SlotAttentionAutoEncoder, images: Tensor, trace: Trace, rng: np.random.Generator
+) -> tuple[Tensor, ...]:
+    """Tests on half of the images whether one slot is needed: slots [n, K, D], attn [n, K, N], slot_mask [n, K], the
+    index of the slot [n], and bool [n].
+
+    From a random state of the forward pass a few slots are dropped one after the other, as later in the pass, then
+    one more: the one that KeepHead needs least, or any. The others get one iteration to take over. The slot is needed
+    if the error rises by WORTH_OF_VARIANCE of the variance of the image plus WORTH_OF_ERROR of the error.
+    """
+    attention = model.slot_attention
+    half = slice(int(rng.integers(2)), None, 2)
+    state = trace.states[rng.integers(len(trace.states))]
+    images, slots, attn, slot_mask, inputs, k, v = (x[half] for x in (images, *state, trace.inputs, trace.k, trace.v))
+    n, K = slots.shape[:2]
+    for _ in range(int(rng.integers(1 + attention.drops))):
+        slot_mask = slot_mask & ~attention.redundant_slot(slots, attn, slot_mask, threshold=1.0)
+        slots, attn = attention.step(slots, k, v, slot_mask)
+    draw = torch.from_numpy(rng.random((n, K + 1))).to(slots)
+    any_slot = (draw[:, :K] * slot_mask).argmax(dim=1)  # [n]
+    chosen = torch.where(draw[:, K] < 0.5, any_slot, attention.keep_head(slots, attn, slot_mask).argmin(dim=1))
+    masks_tried = torch.cat([slot_mask, slot_mask & ~F.one_hot(chosen, K).bool()])  # [2 n, K]
+    inputs, k, v = (torch.cat([x, x]) for x in (inputs, k, v))
+    tried, tried_attn = attention.step(torch.cat([slots, slots]), k, v, masks_tried)
+    rows, columns = pixels = tuple(slice(int(i), None, 3) for i in rng.integers(3, size=2))
+    rgbs, masks = decode_partial(model, attention.add_glimpse(inputs, tried, tried_attn, masks_tried), pixels)
+    target = images[:, :, rows, columns]
+    error = ((rgbs * masks).sum(dim=1).float() - torch.cat([target, target])).square().mean(dim=(1, 2, 3))
+    before, after = error.chunk(2)  # [n] each
+    worth = WORTH_OF_VARIANCE * images.var(dim=(2, 3)).mean(dim=1) + WORTH_OF_ERROR * before
+    return slots, attn, slot_mask, chosen, after - before > worth
 
 
 class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
@@ -595,22 +828,16 @@ class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
 # =============================================================================================
 
 
-def reconstruction_error(
-    model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor, slot_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """MSE of each image's reconstruction [B], and the position where it is worst [B, 2], x and y in [-1, 1].
+def reconstruction_error(model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """MSE of each image's reconstruction [B], and a window around its largest error, on the feature grid [B, N].
 
-    images [B, 3, H, W], slots [B, K, D], slot_mask [B, K] as in decode_partial(). Computed on every second row
-    and column; the error is smoothed before its maximum is taken.
+    images [B, 3, H, W], slots [B, K, D]. Computed on every second row and column.
     """
     size, every_second = model.encoder.grid_size, slice(None, None, 2)
-    rgbs, masks = decode_partial(model, slots, (every_second, every_second), slot_mask)
+    rgbs, masks = decode_partial(model, slots, (every_second, every_second))
     error = ((rgbs * masks).sum(dim=1) - images[:, :, every_second, every_second]).float().square().mean(dim=1)
-    coarse = F.adaptive_avg_pool2d(error, size)  # [B, h, w]
-    grid = coord_grid(size).to(coarse)
-    kernel = torch.exp(-0.5 * ((grid[:, None] - grid) / 0.125).square())  # [w, w]; about as wide as an object
-    worst = (kernel @ coarse @ kernel).flatten(1).argmax(dim=1)  # [B]
-    return error.mean(dim=(1, 2)), torch.stack([grid[worst % size], grid[worst // size]], dim=1)
+    coarse = F.adaptive_avg_pool2d(error, size).flatten(1)  # [B, N]
+    return error.mean(dim=(1, 2)), around_maximum(coarse, coord_grid(size).to(coarse))
 
 
 class Candidate(NamedTuple):
@@ -619,7 +846,7 @@ class Candidate(NamedTuple):
     slot_mask: Tensor  # [B, K]
     attn: Tensor  # [B, K, N]
     error: Tensor  # [B], see reconstruction_error()
-    worst: Tensor  # [B, 2]
+    worst: Tensor  # [B, N], see reconstruction_error()
 
 
 @torch.no_grad()
@@ -630,7 +857,7 @@ def prune_and_reseed(
     prune_threshold: float = 1e-3,
     num_reseeds: int = 2,
     num_iterations: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Removes slots that the reconstruction does not need, then tries them where it is worst.
 
     images           [B, 3, H, W] in [-1, 1]
@@ -648,55 +875,48 @@ def prune_and_reseed(
     2. An absent slot is placed where the error is largest. It stays where the error falls by `prune_threshold`
        or more after all iterations.
 
-    Returns slots [B, K, D] to decode and slot_mask [B, K], False for absent slots. Raises ConfigError for the
-    'paper' architecture, whose slots have no position.
+    Returns slots [B, K, D] to decode, of which absent ones have the scale 0. Raises ConfigError for the 'paper'
+    architecture, whose slots have no frame.
     """
     attention = model.slot_attention
     if not isinstance(attention, FramedSlotAttention):
-        raise ConfigError("prune_and_reseed needs the 'fast' architecture, whose slots have a position")
+        raise ConfigError("prune_and_reseed needs the 'fast' architecture, whose slots have a frame")
     features = attention.norm_inputs(model.encoder(images))  # [B, N, C]
 
-    def attempt(slots: Tensor, slot_mask: Tensor, num_iterations: int | None) -> Candidate:
-        slots, attn = attention.iterate(features, slots, num_iterations, slot_mask)
-        glimpsed = attention.add_glimpse(features, slots, attn[:, -1])
-        return Candidate(
-            slots, glimpsed, slot_mask, attn[:, -1], *reconstruction_error(model, images, glimpsed, slot_mask)
-        )
+    v = attention.project_v(features)
+
+    def attempt(slots: Tensor, slot_mask: Tensor | None, num_iterations: int | None, **reallocation) -> Candidate:
+        slots, attn, slot_mask = attention.iterate(features, slots, num_iterations, slot_mask, **reallocation)
+        glimpsed = attention.add_glimpse(features, slots, attn[:, -1], slot_mask)
+        return Candidate(slots, glimpsed, slot_mask, attn[:, -1], *reconstruction_error(model, images, glimpsed))
 
     def select(accepted: Tensor, trial: Candidate, best: Candidate) -> Candidate:
         """The trial for the images in which `accepted` [B] is true, the best so far for the others."""
         pairs = zip(trial, best, strict=True)
         return Candidate(*(torch.where(accepted.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
 
-    best = attempt(slots, torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device), num_iterations)
+    best = attempt(slots, None, num_iterations, moves=attention.moves, drops=attention.drops)
     for weakest in best.attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
         trial = attempt(best.slots, best.slot_mask.scatter(1, weakest[:, None], False), num_iterations=1)
         best = select(trial.error < best.error + prune_threshold, trial, best)
     for _ in range(num_reseeds):
         absent = ~best.slot_mask
         reseeded = absent & (absent.cumsum(dim=1) == 1)  # [B, K], the first absent slot
-        frame = F.pad(best.worst, (0, 1), value=0.12)[:, None].expand(-1, slots.shape[1], -1)  # a small object's scale
-        placed = torch.cat([frame, slots[..., FRAME:]], dim=2)
-        trial = attempt(
-            torch.where(reseeded[:, :, None], placed, best.slots), best.slot_mask | reseeded, num_iterations
-        )
+        placed = attention.update(slots, best.worst[:, None].expand_as(best.attn), v)
+        placed = torch.where(reseeded[:, :, None], placed, best.slots)
+        trial = attempt(placed, best.slot_mask | reseeded, num_iterations)
         best = select(reseeded.any(dim=1) & (trial.error <= best.error - prune_threshold), trial, best)
-    return best.glimpsed, best.slot_mask
+    return best.glimpsed
 
 
 def refine(
-    model: SlotAttentionAutoEncoder,
-    images: Tensor,
-    slots: Tensor,
-    slot_mask: Tensor | None = None,
-    num_steps: int = 20,
-    lr: float = 0.02,
+    model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor, num_steps: int = 20, lr: float = 0.02
 ) -> Tensor:
     """Minimises each image's reconstruction error with respect to its slots: [B, K, D] -> [B, K, D].
 
-    images [B, 3, H, W], slot_mask [B, K] as in decode_partial(). Semi-amortised inference (Kim et al. 2018, arXiv
-    1802.02550): the network's slots are the start of `num_steps` steps of Adam, each on a quarter of the pixels,
-    with a learning rate that falls from `lr` to 0. An image whose error does not fall keeps its slots.
+    images [B, 3, H, W]. Semi-amortised inference (Kim et al. 2018, arXiv 1802.02550): the network's slots are the
+    start of `num_steps` steps of Adam, each on a quarter of the pixels, with a learning rate that falls from `lr` to
+    0. An image whose error does not fall keeps its slots.
     """
     with torch.inference_mode(False), torch.enable_grad():
         images, before = images.clone(), slots.detach().clone()  # tensors made in inference mode have no gradient
@@ -704,14 +924,14 @@ def refine(
         optimizer = torch.optim.Adam([slots], betas=(0.5, 0.9))  # a short memory, for there are few steps
         for step in range(num_steps):
             rows, columns = slice(step % 2, None, 2), slice(step // 2 % 2, None, 2)
-            rgbs, masks = decode_partial(model, slots, (rows, columns), slot_mask)
+            rgbs, masks = decode_partial(model, slots, (rows, columns))
             error = ((rgbs * masks).sum(dim=1) - images[:, :, rows, columns]).float().square()
             (slots.grad,) = torch.autograd.grad(error.mean(dim=(1, 2, 3)).sum(), slots)
             optimizer.param_groups[0]['lr'] = lr * (1 - step / num_steps)
             optimizer.step()
         slots = slots.detach()
     with torch.no_grad():
-        errors = [reconstruction_error(model, images, x, slot_mask)[0] for x in (slots, before)]
+        errors = [reconstruction_error(model, images, x)[0] for x in (slots, before)]
         return torch.where((errors[0] < errors[1])[:, None, None], slots, before)
 
 
@@ -832,6 +1052,7 @@ class ModelConfig:
     hidden_dim      channels of the hidden layers of encoder and decoder
     gradient        'full' or 'first_order', see SlotAttention
     damping         of the fast variant, see FramedSlotAttention; 0: a mean of the inputs as in Algorithm 1
+    moves, drops    of the fast variant: how often a redundant slot is moved or dropped, see FramedSlotAttention
 
     Raises ConfigError for values that make no model, naming the field.
     """
@@ -844,6 +1065,8 @@ class ModelConfig:
     hidden_dim: int = 64
     gradient: str = 'full'
     damping: float = 0.0
+    moves: int = 0
+    drops: int = 0
 
     def __post_init__(self):
         for name, allowed in (('architecture', ('fast', 'paper')), ('gradient', ('full', 'first_order'))):
@@ -852,12 +1075,20 @@ class ModelConfig:
         for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
-        if not 0 <= self.damping < math.inf:
-            raise ConfigError(f'damping must be at least 0, not {self.damping}')
+        for name in ('damping', 'moves', 'drops'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f'{name} must be at least 0, not {getattr(self, name)}')
+            if self.architecture == 'paper' and getattr(self, name):
+                raise ConfigError(f"{name} belongs to the 'fast' architecture; leave it 0 for 'paper'")
+        if self.moves or self.drops:
+            needed = 4 + self.moves + self.drops
+            if self.gradient != 'first_order' or self.num_iterations < needed:
+                raise ConfigError(
+                    f"{self.moves} moves and {self.drops} drops need gradient 'first_order' and num_iterations of at "
+                    f'least {needed}'
+                )
         if self.architecture == 'fast' and self.slot_dim <= FRAME:
             raise ConfigError(f"slot_dim must be larger than {FRAME} for the 'fast' architecture, not {self.slot_dim}")
-        if self.architecture == 'paper' and self.damping:
-            raise ConfigError("damping belongs to the 'fast' architecture; leave it 0 for 'paper'")
         step = 16 if self.architecture == 'paper' and self.resolution > 64 else 1  # Table 4 doubles an 8x8 grid
         if not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION or self.resolution % step:
             raise ConfigError(
