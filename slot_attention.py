@@ -1,151 +1,64 @@
-"""Slot Attention: the module, the autoencoder around it, its checkpoints and its scores.
+"""Slot Attention: the module, the autoencoder, test-time search, scores and checkpoints.
 
     from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_model
     model = SlotAttentionAutoEncoder(ModelConfig(resolution=64))
     recons, masks, slots, attn = model(images)           # images [B, 3, 64, 64] in [-1, 1]
-    model = load_model('logs/checkpoints/best_model.pth')
+    model = load_model('logs/checkpoints/last.pth')
 
-Follows Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
-called "the paper" below. Letters in shape comments: B images, K slots, M = B * K, D slot size, T
-iterations, N = h * w places of the encoder's grid, C feature channels, H x W pixels.
+Implements Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
+called "the paper" below. The file has five parts:
+
+    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7; equal to the authors' code
+    2. The fast variant  FramedSlotAttention, Glimpse, ImplicitDecoder: learns in minutes on a CPU
+    3. Search            prune_and_reseed, refine: improve the slots of one image at test time
+    4. Scores            FG-ARI, ARI, mBO, mIoU
+    5. Checkpoints       ModelConfig, save_checkpoint, load_checkpoint, load_model
+
+Letters in shape comments: B images, K slots, M = B * K, D slot size, T iterations, N = h * w
+positions of the encoder's feature grid, C feature channels, H x W pixels.
 """
 
 import io
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-LAYER_NORM_EPS = 1e-3  # Keras' default, which the reference code uses; PyTorch's is 1e-5
-MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
+# =============================================================================================
+# 1. The paper
+# =============================================================================================
 
-
-class ConfigError(ValueError):
-    """A model that cannot be built or used as asked; the message says why in one line."""
-
-
-# --- Configuration ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that is needed to rebuild a model; it travels in every checkpoint.
-
-    architecture   'fast': strided encoder, slots with a frame, and a decoder without convolutions;
-                   'paper': Tables 4 and 6 of the paper above 64 pixels, Tables 5 and 7 up to 64
-    resolution     side of the square images, pixels
-    num_slots      slots K in training; another number can be given per call
-    slot_dim       size D of a slot
-    num_iterations iterations T of Slot Attention
-    hidden_dim     channels of the encoder's and the decoder's hidden layers
-    slot_init      'gaussian': every slot drawn from one learned Gaussian (the paper);
-                   'learned': one learned vector per slot (BO-QSA, arXiv 2210.08990)
-    gradient       'full': through all T iterations (the paper); 'first_order': through the last
-                   one only (Chang et al. 2022, arXiv 2207.00787)
-    damping        keeps slots empty that win little attention, see SlotAttention; 0: the paper
-    eval_iterations  iterations in evaluation mode; 0: as in training
-    slot_worth     what a slot must take off the mean squared error of its image to be used in
-                   evaluation mode, see SlotAttention.revise; 0: slots stay as they are (the paper)
-    refine_steps   steps in which slots descend the error of their image in evaluation mode, see
-                   SlotAttentionAutoEncoder.refine; 0: the paper
-
-    Raises ConfigError, in one line that names the field, for values that make no model.
-    """
-
-    architecture: str = 'fast'
-    resolution: int = 64
-    num_slots: int = 7
-    slot_dim: int = 64
-    num_iterations: int = 3
-    hidden_dim: int = 64
-    slot_init: str = 'gaussian'
-    gradient: str = 'full'
-    damping: float = 0.0
-    eval_iterations: int = 0
-    slot_worth: float = 0.0
-    refine_steps: int = 0
-
-    def __post_init__(self):
-        for field in fields(self):
-            value, wanted = getattr(self, field.name), type(field.default)
-            if type(value) is not wanted and not (wanted is float and type(value) is int):
-                raise ConfigError(f'{field.name} must be of type {wanted.__name__}, not {value!r}'.replace('\n', ' '))
-        for name, allowed in (
-            ('architecture', ('fast', 'paper')),
-            ('slot_init', ('gaussian', 'learned')),
-            ('gradient', ('full', 'first_order')),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f'{name} must be one of {", ".join(allowed)}, not {getattr(self, name)!r}')
-        for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
-            if getattr(self, name) < 1:
-                raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
-        if self.architecture == 'fast' and self.slot_dim <= FRAME:
-            raise ConfigError(f"the 'fast' architecture keeps {FRAME} entries for the frame: slot_dim must be larger")
-        for name in ('damping', 'eval_iterations', 'slot_worth', 'refine_steps'):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f'{name} must be at least 0, not {getattr(self, name)}')
-        possible = [r for r in range(MIN_RESOLUTION, MAX_RESOLUTION + 1) if _can_produce(self.architecture, r)]
-        if self.resolution not in possible:
-            nearest = sorted(sorted(possible, key=lambda r: abs(r - self.resolution))[:2])
-            raise ConfigError(
-                f"the '{self.architecture}' architecture cannot produce resolution {self.resolution}; "
-                f'the nearest that work: {", ".join(map(str, nearest))}'
-            )
-
-
-def _can_produce(architecture: str, resolution: int) -> bool:
-    """The paper's CLEVR decoder (above 64 pixels) doubles four times; all else fits any size."""
-    return architecture == 'fast' or resolution <= 64 or resolution % 16 == 0
-
-
-# --- Slot Attention (paper Algorithm 1) ------------------------------------------------------
+LAYER_NORM_EPS = 1e-3  # the default of Keras, which the authors' code uses; PyTorch's is 1e-5
 
 
 class SlotAttention(nn.Module):
     """Iterative attention in which slots compete for the inputs (paper Section 2.1, Algorithm 1).
 
-    Slots of the 'gaussian' initialisation are exchangeable, so their number may change from call
-    to call; with 'learned' there are as many vectors as slots in training, and no more.
+    The initial slots are samples of one Gaussian with learned mean and standard deviation, so slots
+    are exchangeable and their number may change from call to call.
 
-    Algorithm 1 gives every slot a weighted mean of the inputs, however little attention it won: a
-    spare slot then lands on an object that another slot holds already. With `damping` c > 0 the sum
-    is divided by (attention won + c N) instead, so a slot that wins little stays as it was (in the
-    spirit of Krimmel et al. 2024, arXiv 2407.04170); 0 is Algorithm 1.
-
-    A slot of zeros is empty: it wins no attention, draws nothing, and stays as it is.
+    input_dim       size of an input vector
+    num_slots       K, number of slots if forward() gets none
+    slot_dim        D, size of a slot
+    num_iterations  T, number of iterations if forward() gets none
+    gradient        'full': backpropagate through all iterations (the paper); 'first_order': through
+                    the last one only (Chang et al. 2022, arXiv 2207.00787)
     """
 
     def __init__(
-        self,
-        input_dim: int,
-        num_slots: int = 7,
-        slot_dim: int = 64,
-        num_iterations: int = 3,
-        slot_init: str = 'gaussian',
-        gradient: str = 'full',
-        damping: float = 0.0,
-        eval_iterations: int = 0,
-        slot_worth: float = 0.0,
+        self, input_dim: int, num_slots: int = 7, slot_dim: int = 64, num_iterations: int = 3, gradient: str = 'full'
     ):
         super().__init__()
-        self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
-        self.slot_init, self.gradient = slot_init, gradient
-        self.damping, self.slot_worth, self.eval_iterations = damping, slot_worth, eval_iterations or num_iterations
-
-        if slot_init == 'gaussian':
-            self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
-            self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, slot_dim))
-        else:
-            self.slots_init = nn.Parameter(torch.empty(1, num_slots, slot_dim))
-
+        self.num_slots, self.slot_dim = num_slots, slot_dim
+        self.num_iterations, self.gradient = num_iterations, gradient
+        self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
+        self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, slot_dim))
         self.norm_inputs = nn.LayerNorm(input_dim, eps=LAYER_NORM_EPS)
         self.norm_slots = nn.LayerNorm(slot_dim, eps=LAYER_NORM_EPS)
         self.norm_mlp = nn.LayerNorm(slot_dim, eps=LAYER_NORM_EPS)
@@ -154,277 +67,54 @@ class SlotAttention(nn.Module):
         self.project_v = nn.Linear(input_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, 2 * slot_dim), nn.ReLU(), nn.Linear(2 * slot_dim, slot_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The reference code's (Keras') initialisation, where PyTorch's default differs."""
-        _keras_init(self)
-        if self.slot_init == 'gaussian':
-            # Keras takes fan_in 1 and fan_out D for a [1, 1, D] weight; torch would take D and D.
-            nn.init.xavier_uniform_(self.slots_mu.data.view(1, -1))
-            nn.init.xavier_uniform_(self.slots_log_sigma.data.view(1, -1))
-        else:
-            nn.init.xavier_uniform_(self.slots_init.data[0])
+        keras_init(self)
+        # Keras computes fan_in 1 and fan_out D for a [1, 1, D] weight; PyTorch would compute D and D.
+        nn.init.xavier_uniform_(self.slots_mu.data.view(1, -1))
+        nn.init.xavier_uniform_(self.slots_log_sigma.data.view(1, -1))
 
     def initial_slots(self, batch_size: int, num_slots: int, generator: torch.Generator | None = None) -> Tensor:
-        """Slots before the first iteration, [B, K, D], with gradient to what they are drawn from.
-
-        Raises ConfigError for more slots than there are learned vectors.
-        """
-        if self.slot_init == 'gaussian':
-            mu, sigma = self.slots_mu, self.slots_log_sigma.exp()
-            shape = (batch_size, num_slots, self.slot_dim)
-            noise = torch.randn(shape, generator=generator, device=mu.device, dtype=mu.dtype)
-            return mu + sigma * noise
-        if num_slots > self.num_slots:
-            raise ConfigError(
-                f'this model has {self.num_slots} learned slots and cannot use {num_slots}; '
-                'a model trained with --slot_init gaussian can'
-            )
-        return self.slots_init[:, :num_slots].expand(batch_size, -1, -1)
+        """Samples slots ~ N(mu, diag(sigma)^2): [B, K, D], differentiable with respect to mu and log_sigma."""
+        mu, sigma = self.slots_mu, self.slots_log_sigma.exp()
+        shape = (batch_size, num_slots, self.slot_dim)
+        return mu + sigma * torch.randn(shape, generator=generator, device=mu.device, dtype=mu.dtype)
 
     def forward(
-        self,
-        inputs: Tensor,
-        num_slots: int | None = None,
-        num_iterations: int | None = None,
-        slots: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        faults: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        self, inputs: Tensor, slots: Tensor | None = None, num_iterations: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Bind inputs to slots.
+        """Maps inputs [B, N, D_in] to slots [B, K, D] and the attention of every iteration [B, T, K, N].
 
-        inputs          [B, N, D_in]
-        num_slots       K, instead of the one in training
-        num_iterations  T, instead of the one in training
-        slots           [B, K, D] to start from, instead of initial_slots()
-        generator       source of the Gaussian noise, on the module's device
-        faults          of what is drawn from slots, by which they are revised, see revise()
+        slots           [B, K, D] initial slots; default: sampled by initial_slots()
+        num_iterations  T; default: the constructor's
 
-        Returns slots [B, K, D] and the attention of every iteration [B, T, K, N], which sums to
-        1 over K. Raises ConfigError for fewer than one slot or iteration.
+        The attention sums to 1 over the slots.
         """
-        num_slots = self.num_slots if num_slots is None else num_slots
-        if num_iterations is None:
-            num_iterations = self.num_iterations if self.training else self.eval_iterations
-        if num_slots < 1 or num_iterations < 1:
-            raise ConfigError(f'at least 1 slot and 1 iteration are needed, not {num_slots} and {num_iterations}')
-
-        inputs = self.norm_inputs(inputs)
-        k = self.project_k(inputs)  # [B, N, D]
-        v = self.project_v(inputs)  # [B, N, D]
-        if slots is None:
-            slots = self.initial_slots(inputs.shape[0], num_slots, generator)
-
-        attns, initial = [], slots
-        if self.gradient == 'first_order':
-            with torch.no_grad():
-                slots = slots.detach()
-                for _ in range(num_iterations - 1):
-                    slots, attn = self.step(slots, k, v)
-                    attns.append(attn)
-            # Straight through: the value of the refined slots, the gradient of the initial ones.
-            # Without it neither mu and log_sigma nor learned slots would learn (BO-QSA, Eq. 6).
-            slots = slots.detach() + initial - initial.detach()
-            num_iterations = 1
-        for _ in range(num_iterations):
-            slots, attn = self.step(slots, k, v)
-            attns.append(attn)
-        if self.slot_worth and faults is not None and not self.training:
-            slots, attns[-1] = self.revise(slots, attns[-1], initial, inputs, k, v, faults)
-        return self.finish(slots, attns[-1], inputs), torch.stack(attns, dim=1)
-
-    def step(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """One iteration: slots [B, K, D], k and v [B, N, D] -> slots [B, K, D], attn [B, K, N]."""
-        empty = is_empty(slots)
-        attn = softmax_of_present(self.logits(slots, k), empty)  # [B, K, N], over the slots: they compete
-        return self.update(slots, attn, v).masked_fill(empty, 0), attn
-
-    def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
-        """Slots [B, K, D] after they have attended by attn [B, K, N] to v [B, N, D]."""
+        slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
+        T = self.num_iterations if num_iterations is None else num_iterations
         B, K, D = slots.shape
-        weights = attn + 1e-8
-        won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
-        weights = weights / (won + self.damping * attn.shape[2])  # over the inputs: a weighted mean
-        updates = weights @ v  # [B, K, D]
-        slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
-        return slots + self.mlp(self.norm_mlp(slots))
+        initial, attns = slots, []
 
-    def finish(self, slots: Tensor, attn: Tensor, inputs: Tensor) -> Tensor:
-        """What is done to slots [B, K, D] after the last iteration: nothing in Algorithm 1.
-
-        attn [B, K, N] is the last iteration's, inputs [B, N, D_in] are normalised.
-        """
-        return slots
-
-    def revise(
-        self,
-        slots: Tensor,
-        attn: Tensor,
-        initial: Tensor,
-        inputs: Tensor,
-        k: Tensor,
-        v: Tensor,
-        faults: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """Look for fewer slots, then for better ones: slots [B, K, D], attn [B, K, N] -> the same.
-
-        `initial` slots [B, K, D], normalised inputs [B, N, D_in], k and v [B, N, D] are those of forward().
-        Two slots draw an object a little better than one, so the loss teaches spare slots to share
-        objects; and a slot that has settled on two objects stays there. The loss of the image itself
-        tells both, without labels, as the likelihood does in split-and-merge EM (Ueda et al. 2000).
-        `faults` takes finished slots and returns the error of what they draw [B], and the attention of
-        one that would look where it is worst [B, N].
-
-        1. Each slot in turn, from the one that won least, is emptied, and the others have one iteration
-           to take over. Only where the error rises by `slot_worth` or more does it come back.
-        2. Twice, an empty slot is put where the image is drawn worst. Only where the error falls by
-           `slot_worth` or more after num_iterations does it stay.
-        """
-
-        def judge(slots: Tensor, attn: Tensor) -> tuple[Tensor, Tensor]:
-            return faults(self.finish(slots, attn, inputs))
-
-        def where(choice: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(torch.where(choice.view(-1, *(1,) * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True))
-
-        best = slots, attn, *judge(slots, attn)
-        for weakest in attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B], never the strongest
-            slots = best[0].scatter(1, weakest[:, None, None].expand(-1, 1, best[0].shape[2]), 0)
-            slots, attn = self.step(slots, k, v)
-            trial = slots, attn, *judge(slots, attn)
-            best = where(trial[2] < best[2] + self.slot_worth, trial, best)
-
-        for _ in range(2):
-            empty = is_empty(best[0]) & ~is_empty(initial)  # what the caller has emptied stays so
-            first = empty & (empty.cumsum(dim=1) == 1)  # [B, K, 1]
-            attn = best[3][:, None].expand_as(attn)
-            slots = torch.where(first, self.update(initial, attn, v), best[0])
-            for _ in range(self.num_iterations):
-                slots, attn = self.step(slots, k, v)
-            trial = slots, attn, *judge(slots, attn)
-            best = where(first.any(dim=1).squeeze(1) & (trial[2] <= best[2] - self.slot_worth), trial, best)
-        return best[:2]
-
-    def logits(self, slots: Tensor, k: Tensor) -> Tensor:
-        """How much each slot asks for each input: slots [B, K, D], k [B, N, D] -> [B, K, N]."""
-        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
-        return q @ k.transpose(1, 2) * slots.shape[2] ** -0.5
+        inputs = self.norm_inputs(inputs)  # [B, N, D_in]
+        k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
+        for t in range(T):
+            if (
+                self.gradient == 'first_order' and t == T - 1
+            ):  # Chang et al. 2022, straight through to the initial slots
+                slots = slots.detach() + initial - initial.detach()  # (BO-QSA, Jia et al. 2023, Eq. 6)
+            slots_prev = slots
+            q = self.project_q(self.norm_slots(slots))  # [B, K, D]
+            logits = q @ k.transpose(1, 2) * D**-0.5  # [B, K, N]
+            attn = logits.softmax(dim=1)  # Eq. 1: softmax over the slots, [B, K, N]
+            weights = attn + 1e-8
+            weights = weights / weights.sum(dim=2, keepdim=True)  # Eq. 2: mean over the inputs, [B, K, N]
+            updates = weights @ v  # [B, K, D]
+            slots = self.gru(updates.reshape(B * K, D), slots_prev.reshape(B * K, D)).reshape(B, K, D)
+            slots = slots + self.mlp(self.norm_mlp(slots))  # [B, K, D]
+            attns.append(attn)
+        return slots, torch.stack(attns, dim=1)
 
 
-def is_empty(slots: Tensor) -> Tensor:
-    """Which slots [B, K, D] are empty, that is zeros: bool [B, K, 1]."""
-    return (slots == 0).all(dim=2, keepdim=True)
-
-
-def softmax_of_present(logits: Tensor, empty: Tensor) -> Tensor:
-    """Softmax of logits [B, K, ...] over the K slots, 0 for those that are empty [B, K, ones]."""
-    return logits.masked_fill(empty, torch.finfo(logits.dtype).min).softmax(dim=1)
-
-
-FRAME = 3  # the first entries of a framed slot: its x and y in [-1, 1] and its size
-
-
-def place_centres(size: int) -> Tensor:
-    """Coordinates of the centres of `size` places along one axis of the image, in (-1, 1): [size]."""
-    return (torch.arange(size) + 0.5) / size * 2 - 1
-
-
-def in_frame(axis: Tensor, frame: Tensor, min_size: float, far: float = 4.0) -> Tensor:
-    """Places along both axes as a slot sees them, in its sizes from its centre.
-
-    axis [R], frame [..., 3] -> [..., 2, R], x and y. A tanh draws far places in to `far` sizes, so
-    that nothing that is computed from them grows without bound.
-    """
-    centre, size = frame[..., :2, None], frame[..., 2:3, None].clamp(min=min_size)
-    return far * torch.tanh((axis - centre) / size / far)
-
-
-class FramedSlotAttention(SlotAttention):
-    """Slot Attention whose slots know where they are, and look once more around them at the end.
-
-    After every iteration the first three entries of a slot are its frame, measured from what it
-    attends to: mean place (x, y) and standard deviation (Invariant Slot Attention, Biza et al.
-    2023, arXiv 2302.04973). The attention is squared for it, so that a little of it spread over the
-    whole image does not count. A slot asks less for what is far from it, in its own frame, so that
-    objects of like colour are told apart by place. After the last iteration a glimpse of the features is
-    added: a weighted mean of the inputs forgets where they were, and with it the outline of the object.
-    """
-
-    MIN_SIZE = 0.05
-
-    def __init__(self, input_dim: int, grid_size: int, **kwargs):
-        super().__init__(input_dim, **kwargs)
-        self.register_buffer('axis', place_centres(grid_size), persistent=False)
-        self.nearness = nn.Parameter(torch.tensor(-2.0))  # before a softplus
-        self.glimpse = Glimpse(input_dim, self.slot_dim)
-
-    def frame(self, attn: Tensor) -> Tensor:
-        """attn [B, K, N] -> x, y and size of each slot [B, K, 3]."""
-        weights = attn.square()
-        weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-6)
-        weights = weights.unflatten(2, (len(self.axis), len(self.axis)))  # [B, K, h, w]
-        marginals = torch.stack([weights.sum(2), weights.sum(3)], dim=2)  # [B, K, 2, w], over x and y
-        centre = marginals @ self.axis  # [B, K, 2]
-        variance = (marginals @ self.axis.square() - centre.square()).mean(dim=2, keepdim=True)
-        size = (variance + self.MIN_SIZE**2).clamp(min=1e-6).sqrt()
-        return torch.cat([centre, size], dim=2)
-
-    def logits(self, slots: Tensor, k: Tensor) -> Tensor:
-        """As SlotAttention.logits(), less a multiple of the squared distance in the slot's frame."""
-        squares = in_frame(self.axis, slots[..., :FRAME], Glimpse.MIN_SIZE).square()  # [B, K, 2, w]
-        distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N]
-        return super().logits(slots, k) - F.softplus(self.nearness) * distance
-
-    def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
-        """As SlotAttention.update(); the frame of what was attended to takes its entries of the slots."""
-        return torch.cat([self.frame(attn), super().update(slots, attn, v)[..., FRAME:]], dim=2)
-
-    def finish(self, slots: Tensor, attn: Tensor, inputs: Tensor) -> Tensor:
-        """As SlotAttention.finish(): adds the glimpse; N = h * w inputs of a square grid."""
-        frame = slots[..., :FRAME]
-        seen = self.glimpse(inputs, attn, frame, self.axis, self.norm_slots(slots))
-        return torch.cat([frame, (slots + seen)[..., FRAME:]], dim=2).masked_fill(is_empty(slots), 0)
-
-
-class Glimpse(nn.Module):
-    """What lies around a slot, in its own frame: BINS x BINS bins that reach REACH sizes each way.
-
-    Each bin is a weighted mean of the features near it, a bilinear hat times the slot's attention
-    (a spatial transformer in reverse, Jaderberg et al. 2015, arXiv 1506.02025).
-    """
-
-    BINS, REACH, CHANNELS, MIN_SIZE = 7, 3.0, 32, 0.08
-
-    def __init__(self, input_dim: int, slot_dim: int):
-        super().__init__()
-        self.project = nn.Linear(input_dim, self.CHANNELS)
-        self.bins = nn.Linear(self.BINS**2 * (self.CHANNELS + 1), slot_dim)
-        width = 2 * slot_dim
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, slot_dim))
-        self.register_buffer('centres', torch.arange(self.BINS) - (self.BINS - 1) / 2, persistent=False)
-        _keras_init(self)
-
-    def forward(self, inputs: Tensor, attn: Tensor, frame: Tensor, axis: Tensor, slots: Tensor) -> Tensor:
-        """inputs [B, N, C], attn [B, K, N], frame [B, K, 3], axis [w], slots [B, K, D] -> [B, K, D]."""
-        width = frame[..., 2:].clamp(min=self.MIN_SIZE) * 2 * self.REACH / (self.BINS - 1)  # of a bin
-        place = (axis - frame[..., :2, None]) / width[..., None]  # [B, K, 2, w], in bins
-        hats = (1 - (place[..., None, :] - self.centres[:, None]).abs()).clamp(min=0)  # [B, K, 2, BINS, w]
-        x, y = hats.unbind(2)  # [B, K, BINS, w]
-        attn = attn.unflatten(2, (len(axis), len(axis)))  # [B, K, h, w]
-        features = F.pad(self.project(inputs), (0, 1), value=1)  # one that is 1 gives the weight in each bin
-        features = features.unflatten(1, attn.shape[2:])  # [B, h, w, CHANNELS + 1]
-        # A hat is a product: all of a row into its bins first, then the rows, for an eighth of the work.
-        seen = torch.einsum('bkxhw,bhwc->bkhxc', x[:, :, :, None] * attn[:, :, None], features)
-        seen = torch.einsum('bkyh,bkhxc->bkyxc', y, seen)  # [B, K, BINS, BINS, CHANNELS + 1]
-        covered = y.sum(3)[:, :, :, None] * x.sum(3)[:, :, None]  # places in a bin
-        seen = seen / (covered[..., None] + 0.1)
-        return self.mlp(self.norm(torch.cat([slots, self.bins(seen.flatten(2))], dim=2)))
-
-
-def _keras_init(module: nn.Module) -> None:
-    """Glorot-uniform weights, zero biases, orthogonal recurrent weights (paper Appendix E)."""
+def keras_init(module: nn.Module) -> None:
+    """Initialises weights as Keras does by default: Glorot-uniform, zero biases, orthogonal recurrent weights."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -437,11 +127,8 @@ def _keras_init(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias_hh)
 
 
-# --- Encoder and decoder (paper Appendix E.3, Tables 4-7) ------------------------------------
-
-
 class SoftPositionEmbed(nn.Module):
-    """Adds a learned linear map of (x, y, 1 - x, 1 - y), each in [0, 1] (paper Appendix E.2)."""
+    """Adds a learned linear map of the coordinates (x, y, 1 - x, 1 - y), each in [0, 1] (paper Appendix E.2)."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -450,147 +137,78 @@ class SoftPositionEmbed(nn.Module):
         self.register_buffer('grid', torch.stack([x, y, 1 - x, 1 - y], dim=-1), persistent=False)  # [h, w, 4]
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, h, w] (or anything that broadcasts to it, as [B, C, 1, 1]) -> [B, C, h, w]."""
+        """features [B, C, h, w], or [B, C, 1, 1] to broadcast a vector to the grid -> [B, C, h, w]."""
         return features + self.dense(self.grid).permute(2, 0, 1)  # [C, h, w]
 
 
 class Encoder(nn.Module):
-    """Image [B, 3, H, W] -> one vector per place of the grid [B, N, C] (Tables 6 and 7)."""
+    """CNN, position embedding and an MLP per position: images to a set of features (Tables 6 and 7).
 
-    def __init__(self, resolution: int, channels: list[int], strides: list[int], kernel_size: int):
+    resolution  side of the square images, pixels
+    channels    output channels of each convolution
+    strides     stride of each convolution; the paper's is 1
+    """
+
+    def __init__(self, resolution: int, channels: list[int], strides: list[int], kernel_size: int = 5):
         super().__init__()
         layers, size = [], resolution
-        for inputs, outputs, stride in zip([3, *channels], channels, strides, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2), nn.ReLU(inplace=True)]
-            size = -(-size // stride)
+        for in_channels, out_channels, stride in zip([3, *channels], channels, strides, strict=False):
+            layers += [nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2), nn.ReLU(True)]
+            size = math.ceil(size / stride)
         self.conv = nn.Sequential(*layers)
         self.grid_size, width = size, channels[-1]
         self.position = SoftPositionEmbed(width, size)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-        _keras_init(self)
+        keras_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> features [B, N, C], N = grid_size^2."""
         features = self.position(self.conv(images))  # [B, C, h, w]
-        return self.mlp(self.norm(features.flatten(2).transpose(1, 2)))  # [B, N, C]
+        features = features.flatten(2).transpose(1, 2)  # [B, N, C]
+        return self.mlp(self.norm(features))
 
 
-Pixels = tuple[slice | Tensor, slice | Tensor]  # rows and columns of an image, as slices or indices
-ALL = (slice(None), slice(None))
+class ConvTranspose2dSame(nn.ConvTranspose2d):
+    """Transposed convolution with TensorFlow's 'SAME' padding: the output is `stride` times the input.
 
-
-class TurnedConv(nn.ConvTranspose2d):
-    """A transposed convolution of stride 1 as what it is: a convolution with its kernel turned by half a circle.
-
-    The same numbers; forward and backward together, CPUs need 0.88 (bfloat16) and 0.93 (float32) of the time.
+    TensorFlow removes (kernel - stride) // 2 rows and columns before the image and the rest after it.
     """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - stride) // 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[M, C_in, h, w] -> [M, C_out, h, w]."""
-        return F.conv2d(inputs, self.weight.flip(2, 3).transpose(0, 1), self.bias, padding=self.padding)
+        """[M, C_in, h, w] -> [M, C_out, stride * h, stride * w]."""
+        size = self.stride[0] * inputs.shape[-1]
+        return super().forward(inputs)[..., :size, :size]
 
 
-class Decoder(nn.Module):
-    """Spatial broadcast decoder: slots [M, D] -> colours and mask logit [M, 4, H, W] (Tables 4, 5).
+class SpatialBroadcastDecoder(nn.Module):
+    """Decodes each slot to colours and a mask logit (paper Section 2.2, Appendix E.3, Tables 4 and 5).
 
-    Every slot is copied to all places of a coarse grid, given its position, and upsampled by
-    transposed convolutions of (kernel, stride, channels). `pixels` picks rows and columns of the whole.
-
-    The first layer is linear in a slot that is the same everywhere plus positions that are the same for
-    all slots. Where its stride is 1, as in Table 5, it is computed once for the positions, and for each
-    slot at the border and at one place inside: half of that decoder's work is saved.
+    Each slot is copied to every position of a grid, a position embedding is added, and a stack of
+    transposed convolutions gives an image. Above 64 pixels it is Table 4, up to 64 Table 5.
     """
 
-    def __init__(self, resolution: int, slot_dim: int, layers: list[tuple[int, int, int]]):
+    def __init__(self, resolution: int, slot_dim: int, hidden_dim: int):
         super().__init__()
+        if resolution > 64:  # (kernel size, stride, channels)
+            layers = 4 * [(5, 2, hidden_dim)] + [(5, 1, hidden_dim), (3, 1, 4)]  # Table 4
+        else:
+            layers = 3 * [(5, 1, hidden_dim)] + [(3, 1, 4)]  # Table 5
         self.position = SoftPositionEmbed(slot_dim, resolution // math.prod(stride for _, stride, _ in layers))
         modules, width = [], slot_dim
-        for kernel, stride, channels in layers:
-            # Not the last one: with 4 channels to come from it is slower turned.
-            layer = TurnedConv if stride == 1 and channels > 4 else nn.ConvTranspose2d
-            modules += [layer(width, channels, kernel, stride, kernel // 2, stride - 1), nn.ReLU(inplace=True)]
+        for kernel_size, stride, channels in layers:
+            modules += [ConvTranspose2dSame(width, channels, kernel_size, stride), nn.ReLU(True)]
             width = channels
-        self.conv = nn.Sequential(*modules[:-1])  # colours and logits are linear
-        _keras_init(self)
+        self.conv = nn.Sequential(*modules[:-1])  # the output is linear
+        keras_init(self)
 
-    def forward(self, slots: Tensor, pixels: Pixels = ALL) -> Tensor:
-        rows, columns = pixels
-        return self.conv[1:](self.first(slots[:, :, None, None]))[:, :, rows][..., columns]
-
-    def first(self, slots: Tensor) -> Tensor:
-        """self.conv[0](self.position(slots)): slots [M, D, 1, 1] -> [M, C, h, w]."""
-        layer, (size, _, _) = self.conv[0], self.position.grid.shape
-        kernel = layer.kernel_size[0]
-        if layer.stride[0] > 1:
-            return layer(self.position(slots))
-        # A slot on a grid as large as the kernel meets every border; only in the middle are all taps inside.
-        alone = F.conv_transpose2d(slots.expand(-1, -1, kernel, kernel), layer.weight, padding=kernel // 2)
-        alone = alone.permute(0, 2, 3, 1)  # cat() gives its result the order of its dimensions: channels last
-        for dim in (1, 2):
-            before, middle, after = alone.split([kernel // 2, 1, kernel // 2], dim)
-            shape = list(middle.shape)
-            shape[dim] = size - kernel + 1
-            alone = torch.cat([before, middle.expand(shape), after], dim)
-        return alone.permute(0, 3, 1, 2) + layer(self.position(torch.zeros_like(slots[:1])))
-
-
-class ImplicitDecoder(nn.Module):
-    """Slots [M, D] -> colours and mask logit [M, 4, H, W]: every slot writes a small network.
-
-    The network takes a pixel's place in the slot's own frame, see in_frame(), through one hidden layer
-    of UNITS half-planes, which the slot turns and shifts as it likes: what outlines are made of. There
-    is no convolution, so any rows and columns can be had alone, and an object looks the same wherever
-    it lies (as in Biza et al. 2023).
-    """
-
-    UNITS, MIN_SIZE = 16, 0.01  # slots of any origin may be decoded, with sizes below zero too
-
-    def __init__(self, resolution: int, slot_dim: int, channels: int):
-        super().__init__()
-        self.register_buffer('axis', place_centres(resolution), persistent=False)
-        sizes = 3 * self.UNITS + 4 * (self.UNITS + 1)
-        width = 3 * channels  # per slot, not per pixel: cheap
-        self.hyper = nn.Sequential(nn.Linear(slot_dim, width), nn.ReLU(), nn.Linear(width, sizes))
-        _keras_init(self)
-        # What it writes is multiplied with each other: from full-sized weights a first image has an MSE of up to 10.
-        self.hyper[-1].weight.data.mul_(0.3)
-
-    def forward(self, slots: Tensor, pixels: Pixels = ALL) -> Tensor:
-        frame = slots[:, :FRAME]
-        rows, columns = pixels  # picked before there is a gradient, which would have to be scattered back
-        x = in_frame(self.axis[columns], frame, self.MIN_SIZE)[:, 0:1]  # [M, 1, w]
-        y = in_frame(self.axis[rows], frame, self.MIN_SIZE)[:, 1:2]  # [M, 1, h]
-        code = torch.cat([frame[:, :2], frame[:, 2:].clamp(min=self.MIN_SIZE).log(), slots[:, FRAME:]], dim=1)
-        inner, outer = self.hyper(code).split([3 * self.UNITS, 4 * (self.UNITS + 1)], dim=1)
-        inner, outer = inner.unflatten(1, (self.UNITS, 3)), outer.unflatten(1, (4, self.UNITS + 1))
-        # A half-plane is a sum of a function of x and one of y: cheaper than a product per pixel.
-        along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, U, w]
-        along_y = inner[:, :, 1:2] * y  # [M, U, h]
-        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(outer.dtype)  # rounded before: half to read
-        hidden = hidden.relu_().flatten(2)  # [M, U, h * w]
-        decoded = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 4, h * w]
-        return decoded.unflatten(2, (y.shape[2], x.shape[2]))
-
-
-def _build_encoder(config: ModelConfig) -> Encoder:
-    C = config.hidden_dim
-    if config.architecture == 'paper':
-        return Encoder(config.resolution, [C, C, C, C], strides=[1, 1, 1, 1], kernel_size=5)
-    # Half the channels where there are four times the places: both halves cost about the same.
-    return Encoder(config.resolution, [-(-C // 2), -(-C // 2), C, C], strides=[2, 1, 2, 1], kernel_size=3)
-
-
-def _build_decoder(config: ModelConfig) -> nn.Module:
-    C = config.hidden_dim
-    if config.architecture == 'fast':
-        return ImplicitDecoder(config.resolution, config.slot_dim, C)
-    clevr = 4 * [(5, 2, C)] + [(5, 1, C), (3, 1, 4)]  # Table 4
-    small = 3 * [(5, 1, C)] + [(3, 1, 4)]  # Table 5
-    layers = clevr if config.resolution > 64 else small
-    return Decoder(config.resolution, config.slot_dim, layers)
-
-
-# --- Autoencoder (paper Section 2.2) ---------------------------------------------------------
+    def forward(self, slots: Tensor) -> Tensor:
+        """slots [M, D] -> colours and mask logit [M, 4, H, W]."""
+        grid = self.position(slots[:, :, None, None])  # [M, D, h, w]
+        return self.conv(grid)
 
 
 class SlotAttentionOutput(NamedTuple):
@@ -601,114 +219,485 @@ class SlotAttentionOutput(NamedTuple):
 
 
 class SlotAttentionAutoEncoder(nn.Module):
-    """Takes an image apart into slots and puts it together again (paper Section 2.2, Figure 1)."""
+    """Encodes an image to slots and reconstructs it from them (paper Section 2.2, Figure 2).
 
-    REFINE_LR = 0.02  # at first, see refine()
+    config  a ModelConfig; its `architecture` selects the three parts: paper_parts() or fast_parts()
+    """
 
-    def __init__(self, config: ModelConfig | None = None):
+    def __init__(self, config: 'ModelConfig | None' = None):
         super().__init__()
-        self.config = config = config or ModelConfig()
-        self.encoder = _build_encoder(config)
-        shared = asdict(config)
-        for name in ('architecture', 'resolution', 'hidden_dim', 'refine_steps'):
-            del shared[name]
-        if config.architecture == 'fast':
-            self.slot_attention = FramedSlotAttention(config.hidden_dim, self.encoder.grid_size, **shared)
-        else:
-            self.slot_attention = SlotAttention(config.hidden_dim, **shared)
-        self.decoder = _build_decoder(config)
+        self.config = config or ModelConfig()
+        parts = {'paper': paper_parts, 'fast': fast_parts}[self.config.architecture]
+        self.encoder, self.slot_attention, self.decoder = parts(self.config)
 
-    def encode(self, images: Tensor, **per_call) -> tuple[Tensor, Tensor]:
+    def encode(
+        self,
+        images: Tensor,
+        slots: Tensor | None = None,
+        num_slots: int | None = None,
+        num_iterations: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
 
-        `per_call` are the keywords of SlotAttention.forward: num_slots, num_iterations, slots,
-        generator. In evaluation mode slots are refined, see refine(). Raises ValueError for images
-        that are not of the model's resolution.
+        slots           [B, K, D] initial slots; default: `num_slots` of them are sampled with `generator`
+        num_slots       K, if no slots are given; default: as in training
+        num_iterations  T; default: as in training
+        generator       source of the noise of the initial slots, on the model's device
+
+        Raises ValueError for images that are not of the model's resolution.
         """
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f'images must be [B, 3, {size}, {size}], not {list(images.shape)}')
+        if slots is None:
+            num_slots = self.config.num_slots if num_slots is None else num_slots
+            slots = self.slot_attention.initial_slots(len(images), num_slots, generator)
         features = self.encoder(images)  # [B, N, C]
-        slots, attn = self.slot_attention(features, faults=partial(self.faults, images), **per_call)
-        if self.config.refine_steps and not self.training:
-            slots = self.refine(images, slots)
+        slots, attn = self.slot_attention(features, slots, num_iterations)  # [B, K, D], [B, T, K, N]
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
-    def decode(self, slots: Tensor, pixels: Pixels = ALL) -> tuple[Tensor, Tensor]:
-        """slots [B, K, D] -> colours [B, K, 3, H, W] and masks [B, K, 1, H, W]; each slot alone.
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """slots [B, K, D] -> colours [B, K, 3, H, W] and masks [B, K, 1, H, W], a softmax over the slots.
 
-        `pixels` are the rows and columns wanted, which H and W then count. The image is their sum
-        (rgbs * masks).sum(1); masks are a softmax over the slots. A slot of zeros is empty, its mask 0:
-        `slots[:, k] = 0` takes an object out.
+        Each slot is decoded independently; the reconstruction is (rgbs * masks).sum(1).
         """
         B, K, D = slots.shape
-        decoded = self.decoder(slots.reshape(B * K, D), pixels).unflatten(0, (B, K))  # [B, K, 4, H, W]
+        decoded = self.decoder(slots.reshape(B * K, D)).unflatten(0, (B, K))  # [B, K, 4, H, W]
         rgbs, logits = decoded.split([3, 1], dim=2)
-        return rgbs, softmax_of_present(logits, is_empty(slots)[..., None, None])
+        return rgbs, logits.softmax(dim=1)
 
-    def faults(self, images: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """What is wrong with the images that slots [B, K, D] draw: MSE [B], and where, as attention [B, N].
+    def forward(self, images: Tensor, **kwargs) -> SlotAttentionOutput:
+        """Encodes, decodes and combines; arguments as in encode()."""
+        slots, attn = self.encode(images, **kwargs)
+        rgbs, masks = self.decode(slots)
+        recons = (rgbs * masks).sum(dim=1)
+        return SlotAttentionOutput(recons, masks, slots, attn)
 
-        The attention is that of a slot which would look where it is worst: the error around that
-        place, its largest value 1. Every second row and column is enough to tell.
+
+def paper_parts(config: 'ModelConfig') -> tuple[Encoder, SlotAttention, SpatialBroadcastDecoder]:
+    """Encoder, Slot Attention and decoder of Tables 4 and 6 (above 64 pixels) or Tables 5 and 7."""
+    C = config.hidden_dim
+    encoder = Encoder(config.resolution, channels=[C, C, C, C], strides=[1, 1, 1, 1])
+    slot_attention = SlotAttention(C, config.num_slots, config.slot_dim, config.num_iterations, config.gradient)
+    decoder = SpatialBroadcastDecoder(config.resolution, config.slot_dim, C)
+    return encoder, slot_attention, decoder
+
+
+# =============================================================================================
+# 2. The fast variant
+# =============================================================================================
+
+FRAME = 3  # the first entries of a framed slot: position x, y in [-1, 1], and scale
+
+
+def coord_grid(size: int) -> Tensor:
+    """Coordinates of the centres of `size` pixels along one axis of an image that spans [-1, 1]: [size]."""
+    return (torch.arange(size) + 0.5) / size * 2 - 1
+
+
+def to_slot_frame(grid: Tensor, positions: Tensor, scales: Tensor, limit: float = 4.0) -> Tensor:
+    """Coordinates relative to each slot's position, in units of its scale.
+
+    grid [R], positions [..., 2], scales [..., 1] -> [..., 2, R]: x of each column and y of each row. A tanh
+    bounds them to +-`limit`, so that functions of them stay bounded far from the slot.
+    """
+    return limit * torch.tanh((grid - positions[..., None]) / scales[..., None] / limit)
+
+
+class FramedSlotAttention(SlotAttention):
+    """Slot Attention with a position and a scale per slot (Invariant Slot Attention, Biza et al. 2023).
+
+    It differs from Algorithm 1 in four points:
+
+    frame          The first three entries of a slot are the mean position (x, y) and the standard deviation
+                   of its attention. They are measured in every iteration; the rest is updated by the GRU.
+    locality bias  A learned multiple of the squared distance to the slot, in its frame, is subtracted from
+                   the logits: objects of similar colour are separated by their position.
+    damping        The sum over the inputs is divided by (attention won + damping * N) instead of (attention
+                   won), so a slot that wins little changes little. In Algorithm 1 every spare slot gets a
+                   full mean of the inputs and moves onto an object that another slot already represents
+                   (see also Krimmel et al. 2024, arXiv 2407.04170).
+    glimpse        After the last iteration each slot reads the features around it, see Glimpse.
+    """
+
+    MIN_SCALE = 0.05
+
+    def __init__(self, input_dim: int, grid_size: int, *args, damping: float = 0.0, **kwargs):
+        super().__init__(input_dim, *args, **kwargs)
+        self.damping = damping
+        self.register_buffer('grid', coord_grid(grid_size), persistent=False)
+        self.locality_bias = nn.Parameter(torch.tensor(-2.0))  # before a softplus
+        self.glimpse = Glimpse(input_dim, self.slot_dim)
+
+    def forward(
+        self, inputs: Tensor, slots: Tensor | None = None, num_iterations: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments and shapes as SlotAttention.forward; N = h * w positions of a square grid."""
+        slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
+        inputs = self.norm_inputs(inputs)
+        slots, attn = self.iterate(inputs, slots, num_iterations)
+        return self.add_glimpse(inputs, slots, attn[:, -1]), attn
+
+    def iterate(
+        self, inputs: Tensor, slots: Tensor, num_iterations: int | None = None, slot_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Algorithm 1 with frames, without the glimpse; arguments as in forward(), but the inputs normalised.
+
+        slot_mask  bool [B, K], False for absent slots, which get no attention; default: all are present
         """
-        size, second = self.encoder.grid_size, slice(None, None, 2)
-        rgbs, masks = self.decode(slots, (second, second))
-        error = ((rgbs * masks).sum(dim=1) - images[:, :, second, second]).float().square().mean(dim=1)
-        coarse = F.adaptive_avg_pool2d(error, size)  # [B, h, w]
-        axis = place_centres(size).to(coarse)
-        near = torch.exp(-0.5 * ((axis[:, None] - axis) / 0.125).square())  # [w, w]; an object is about as wide
-        worst = (near @ coarse @ near).flatten(1).argmax(dim=1)  # [B]
-        around = coarse * near[worst // size][:, :, None] * near[worst % size][:, None, :]
-        around = around.flatten(1)
-        return error.mean(dim=(1, 2)), around / (around.amax(dim=1, keepdim=True) + 1e-12)
+        T = self.num_iterations if num_iterations is None else num_iterations
+        B, K, D = slots.shape
+        initial, attns = slots, []
 
-    def refine(self, images: Tensor, slots: Tensor) -> Tensor:
-        """Slots [B, K, D] by which images [B, 3, H, W] are drawn better, each image by itself.
+        k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
+        for t in range(T):
+            last = t == T - 1
+            if self.gradient == 'first_order':  # as in SlotAttention.forward
+                slots = slots.detach() + initial - initial.detach() if last else slots.detach()
+            # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
+                q = self.project_q(self.norm_slots(slots))  # [B, K, D]
+                logits = q @ k.transpose(1, 2) * D**-0.5 - self.locality_penalty(slots)  # [B, K, N]
+                if slot_mask is not None:
+                    logits = logits.masked_fill(~slot_mask[:, :, None], torch.finfo(logits.dtype).min)
+                attn = logits.softmax(dim=1)  # Eq. 1, [B, K, N]
+                weights = attn + 1e-8
+                won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
+                updates = weights / (won + self.damping * attn.shape[2]) @ v  # Eq. 2, damped, [B, K, D]
+                slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
+                slots = slots + self.mlp(self.norm_mlp(slots))
+                slots = torch.cat([*self.frame(attn), slots[..., FRAME:]], dim=2)
+            attns.append(attn)
+        return slots, torch.stack(attns, dim=1)
 
-        The slots that a network guesses in one pass are a start from which a few steps of the gradient,
-        with respect to them, go further: semi-amortised inference (Kim et al. 2018, arXiv 1802.02550). Adam
-        with a short memory, for there are few steps, and a rate that falls to 0; a quarter of the pixels at
-        a time, all four in turn. Where that does not lower the error, slots stay as they were; empty ones
-        have no gradient.
+    def add_glimpse(self, inputs: Tensor, slots: Tensor, attn: Tensor) -> Tensor:
+        """normalised inputs [B, N, D_in], slots [B, K, D], attn [B, K, N] -> slots; their frame is unchanged."""
+        positions, scales, _ = slots.split([2, 1, self.slot_dim - FRAME], dim=2)
+        seen = self.glimpse(inputs, attn, positions, scales, self.grid, self.norm_slots(slots))
+        return torch.cat([positions, scales, (slots + seen)[..., FRAME:]], dim=2)
+
+    def frame(self, attn: Tensor) -> tuple[Tensor, Tensor]:
+        """attn [B, K, N] -> positions [B, K, 2] and scales [B, K, 1] of the slots.
+
+        The attention is squared first, so that a small attention to the whole image does not count.
         """
-        steps = self.config.refine_steps
-        with torch.inference_mode(False), torch.enable_grad():
-            images, before = images.clone(), slots.detach().clone()  # what inference mode made has no gradient
-            slots = before.clone().requires_grad_()
-            optimizer = torch.optim.Adam([slots], betas=(0.5, 0.9))
-            for step in range(steps):
-                rows, columns = slice(step % 2, None, 2), slice(step // 2 % 2, None, 2)
-                rgbs, masks = self.decode(slots, (rows, columns))
-                error = ((rgbs * masks).sum(dim=1) - images[:, :, rows, columns]).float().square()
-                (slots.grad,) = torch.autograd.grad(error.mean(dim=(1, 2, 3)).sum(), slots)
-                optimizer.param_groups[0]['lr'] = self.REFINE_LR * (1 - step / steps)
-                optimizer.step()
-            slots = slots.detach()
-        with torch.no_grad():
-            better = self.faults(images, slots)[0] < self.faults(images, before)[0]  # [B]
-            return torch.where(better[:, None, None], slots, before)
+        weights = attn.square()
+        weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-6)
+        weights = weights.unflatten(2, (len(self.grid), len(self.grid)))  # [B, K, h, w]
+        marginals = torch.stack([weights.sum(2), weights.sum(3)], dim=2)  # [B, K, 2, w], over x and y
+        positions = marginals @ self.grid  # [B, K, 2]
+        variance = (marginals @ self.grid.square() - positions.square()).mean(dim=2, keepdim=True)
+        scales = (variance + self.MIN_SCALE**2).clamp(min=1e-6).sqrt()  # [B, K, 1]
+        return positions, scales
 
-    def forward(self, images: Tensor, pixels: Pixels = ALL, **per_call) -> SlotAttentionOutput:
-        """encode, decode, combine; arguments as in encode() and decode()."""
-        slots, attn = self.encode(images, **per_call)
-        rgbs, masks = self.decode(slots, pixels)
-        return SlotAttentionOutput((rgbs * masks).sum(dim=1), masks, slots, attn)
+    def locality_penalty(self, slots: Tensor) -> Tensor:
+        """Squared distance of each input to each slot, in the slot's frame, times a learned factor: [B, K, N]."""
+        scales = slots[..., 2:FRAME].clamp(min=Glimpse.MIN_SCALE)
+        squares = to_slot_frame(self.grid, slots[..., :2], scales).square()  # [B, K, 2, w]
+        distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N]
+        return F.softplus(self.locality_bias) * distance
 
 
-# --- Scores ----------------------------------------------------------------------------------
+class Glimpse(nn.Module):
+    """Reads the features around each slot into BINS x BINS bins of its frame, which reach REACH scales each way.
+
+    A weighted mean of the inputs (Eq. 2) does not tell where they were, and so loses the outline of an object:
+    without the glimpse the decoder draws discs. Each bin is the mean of the features near it, weighted by a
+    bilinear kernel times the slot's attention: the transpose of the sampling of a spatial transformer (Jaderberg
+    et al. 2015, arXiv 1506.02025).
+    """
+
+    BINS, REACH, CHANNELS, MIN_SCALE = 7, 3.0, 32, 0.08
+
+    def __init__(self, input_dim: int, slot_dim: int):
+        super().__init__()
+        self.project = nn.Linear(input_dim, self.CHANNELS)
+        self.bins = nn.Linear(self.BINS**2 * (self.CHANNELS + 1), slot_dim)
+        width = 2 * slot_dim
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, slot_dim))
+        self.register_buffer('centres', torch.arange(self.BINS) - (self.BINS - 1) / 2, persistent=False)
+        keras_init(self)
+
+    def forward(
+        self, inputs: Tensor, attn: Tensor, positions: Tensor, scales: Tensor, grid: Tensor, slots: Tensor
+    ) -> Tensor:
+        """What to add to the slots [B, K, D].
+
+        inputs [B, N, C], attn [B, K, N], positions [B, K, 2], scales [B, K, 1], grid [w], slots [B, K, D]
+        """
+        bin_width = scales.clamp(min=self.MIN_SCALE) * 2 * self.REACH / (self.BINS - 1)  # [B, K, 1]
+        offsets = (grid - positions[..., None]) / bin_width[..., None]  # [B, K, 2, w], in bins
+        kernel = (1 - (offsets[..., None, :] - self.centres[:, None]).abs()).clamp(min=0)  # [B, K, 2, BINS, w]
+        x, y = kernel.unbind(2)  # [B, K, BINS, w] each
+        attn = attn.unflatten(2, (len(grid), len(grid)))  # [B, K, h, w]
+        features = F.pad(self.project(inputs), (0, 1), value=1)  # a channel of ones gives the weight in each bin
+        features = features.unflatten(1, attn.shape[2:])  # [B, h, w, CHANNELS + 1]
+        # The kernel is a product of one over x and one over y: summing over x first takes an eighth of the work.
+        seen = torch.einsum('bkxhw,bhwc->bkhxc', x[:, :, :, None] * attn[:, :, None], features)
+        seen = torch.einsum('bkyh,bkhxc->bkyxc', y, seen)  # [B, K, BINS, BINS, CHANNELS + 1]
+        covered = y.sum(3)[:, :, :, None] * x.sum(3)[:, :, None]  # grid positions per bin, [B, K, BINS, BINS]
+        seen = seen / (covered[..., None] + 0.1)
+        return self.mlp(self.norm(torch.cat([slots, self.bins(seen.flatten(2))], dim=2)))
+
+
+Pixels = tuple[slice | Tensor, slice | Tensor]  # rows and columns of an image, as slices or indices
+ALL_PIXELS = (slice(None), slice(None))
+
+
+class ImplicitDecoder(nn.Module):
+    """Decodes a slot with a small network whose weights are a function of the slot (a hyper-network).
+
+    The network maps a pixel's coordinates in the slot's frame, see to_slot_frame(), through one hidden layer of
+    UNITS half-planes to colours and a mask logit. Any rows and columns can be decoded alone, and an object looks
+    the same wherever it lies (as in Invariant Slot Attention).
+    """
+
+    UNITS, MIN_SCALE = 16, 0.01  # slots edited by the user may have a scale below zero
+
+    def __init__(self, resolution: int, slot_dim: int, hidden_dim: int):
+        super().__init__()
+        self.register_buffer('grid', coord_grid(resolution), persistent=False)
+        num_weights = 3 * self.UNITS + 4 * (self.UNITS + 1)
+        width = 3 * hidden_dim  # computed per slot, not per pixel: cheap
+        self.hyper = nn.Sequential(nn.Linear(slot_dim, width), nn.ReLU(), nn.Linear(width, num_weights))
+        keras_init(self)
+        # The two generated layers multiply each other: at full scale the MSE of the first images is up to 10.
+        self.hyper[-1].weight.data.mul_(0.3)
+
+    def forward(self, slots: Tensor, pixels: Pixels = ALL_PIXELS) -> Tensor:
+        """slots [M, D] -> colours and mask logit [M, 4, H, W] of the rows and columns in `pixels`."""
+        positions, scales = slots[:, :2], slots[:, 2:FRAME].clamp(min=self.MIN_SCALE)
+        rows, columns = pixels
+        x = to_slot_frame(self.grid[columns], positions, scales)[:, 0:1]  # [M, 1, W]
+        y = to_slot_frame(self.grid[rows], positions, scales)[:, 1:2]  # [M, 1, H]
+        code = torch.cat([positions, scales.log(), slots[:, FRAME:]], dim=1)
+        inner, outer = self.hyper(code).split([3 * self.UNITS, 4 * (self.UNITS + 1)], dim=1)
+        inner, outer = inner.unflatten(1, (self.UNITS, 3)), outer.unflatten(1, (4, self.UNITS + 1))
+        # A half-plane is a function of x plus a function of y: no product per pixel is needed.
+        along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, UNITS, W]
+        along_y = inner[:, :, 1:2] * y  # [M, UNITS, H]
+        # Rounding to the dtype of autocast before the ReLU, not after it, halves the memory traffic.
+        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(outer.dtype)  # [M, UNITS, H, W]
+        hidden = hidden.relu_().flatten(2)  # [M, UNITS, H * W]
+        decoded = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 4, H * W]
+        return decoded.unflatten(2, (y.shape[2], x.shape[2]))
+
+
+def fast_parts(config: 'ModelConfig') -> tuple[Encoder, FramedSlotAttention, ImplicitDecoder]:
+    """Encoder with strides 2, 1, 2, 1 and 3x3 kernels, framed Slot Attention, implicit decoder."""
+    C, half = config.hidden_dim, math.ceil(config.hidden_dim / 2)
+    # Half the channels at four times the positions: both halves of the encoder cost about the same.
+    encoder = Encoder(config.resolution, channels=[half, half, C, C], strides=[2, 1, 2, 1], kernel_size=3)
+    slot_attention = FramedSlotAttention(
+        C, encoder.grid_size, config.num_slots, config.slot_dim, config.num_iterations, config.gradient,
+        damping=config.damping,
+    )  # fmt: skip
+    return encoder, slot_attention, ImplicitDecoder(config.resolution, config.slot_dim, C)
+
+
+def decode_partial(
+    model: SlotAttentionAutoEncoder, slots: Tensor, pixels: Pixels = ALL_PIXELS, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As model.decode(), for some of the pixels and some of the slots.
+
+    slots      [B, K, D]
+    pixels     the rows and columns to decode, H and W of them
+    slot_mask  bool [B, K], False for absent slots, whose masks are 0; default: all are present
+
+    Returns colours [B, K, 3, H, W] and masks [B, K, 1, H, W].
+    """
+    flat = slots.flatten(0, 1)  # [M, D]
+    if isinstance(model.decoder, ImplicitDecoder):
+        decoded = model.decoder(flat, pixels)
+    else:  # a convolution needs its neighbours: decode the whole image
+        decoded = model.decoder(flat)[:, :, pixels[0]][..., pixels[1]]
+    rgbs, logits = decoded.unflatten(0, slots.shape[:2]).split([3, 1], dim=2)
+    if slot_mask is not None:
+        logits = logits.masked_fill(~slot_mask[:, :, None, None, None], torch.finfo(logits.dtype).min)
+    return rgbs, logits.softmax(dim=1)
+
+
+class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
+    """The layers of a SpatialBroadcastDecoder, computed faster on CPUs; equal to rounding, with the same state_dict.
+
+    First layer: it is linear in the sum of a slot, the same at every position, and the position embedding, the
+    same for every slot. At stride 1 (Table 5) it is computed once for the positions, and for each slot only at
+    the border and at one position inside, which saves half of that decoder's work.
+
+    Mirror image: all is computed with flipped kernels on a flipped grid, and the result is flipped back. There
+    the padding of ConvTranspose2dSame is PyTorch's output_padding, without a copy to crop, and a transposed
+    convolution of stride 1 is a convolution with the kernel as stored.
+    """
+
+    def __init__(self, decoder: SpatialBroadcastDecoder):
+        nn.Module.__init__(self)
+        self.position, self.conv = decoder.position, decoder.conv
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """slots [M, D] -> colours and mask logit [M, 4, H, W]."""
+        first, *layers = self.conv
+        slots = slots[:, :, None, None]  # [M, D, 1, 1]
+        if first.stride[0] > 1:
+            x = self._mirrored(first, self.position(slots).flip(2, 3))
+        else:
+            x = self._first_layer(first, slots)
+        for layer in layers:
+            x = layer(x) if isinstance(layer, nn.ReLU) else self._mirrored(layer, x)
+        return x.flip(2, 3)
+
+    @staticmethod
+    def _mirrored(layer: ConvTranspose2dSame, x: Tensor) -> Tensor:
+        """The layer in the mirror image: [M, C_in, h, w] -> [M, C_out, stride * h, stride * w]."""
+        stride, padding = layer.stride[0], layer.kernel_size[0] // 2
+        if stride == 1 and layer.out_channels > 4:  # with 4 channels the transposed convolution is faster
+            return F.conv2d(x, layer.weight.transpose(0, 1), layer.bias, padding=padding)
+        return F.conv_transpose2d(x, layer.weight.flip(2, 3), layer.bias, stride, padding, stride - 1)
+
+    def _first_layer(self, layer: ConvTranspose2dSame, slots: Tensor) -> Tensor:
+        """layer(self.position(slots)) in the mirror image, for stride 1: slots [M, D, 1, 1] -> [M, C, h, w]."""
+        kernel, size = layer.kernel_size[0], len(self.position.grid)
+        # On a grid as large as the kernel a slot meets every border; only in the middle all taps are inside.
+        x = F.conv_transpose2d(slots.expand(-1, -1, kernel, kernel), layer.weight.flip(2, 3), padding=kernel // 2)
+        x = x.permute(0, 2, 3, 1)  # cat() orders the memory of its result by dimension: channels last
+        for dim in (1, 2):
+            before, middle, after = x.split([kernel // 2, 1, kernel // 2], dim)
+            shape = list(middle.shape)
+            shape[dim] = size - kernel + 1
+            x = torch.cat([before, middle.expand(shape), after], dim)
+        positions = self.position(torch.zeros_like(slots[:1])).flip(2, 3)  # [1, D, h, w]
+        return x.permute(0, 3, 1, 2) + self._mirrored(layer, positions)
+
+
+# =============================================================================================
+# 3. Search: improving the slots of one image at test time
+# =============================================================================================
+
+
+def reconstruction_error(
+    model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor, slot_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """MSE of each image's reconstruction [B], and the position where it is worst [B, 2], x and y in [-1, 1].
+
+    images [B, 3, H, W], slots [B, K, D], slot_mask [B, K] as in decode_partial(). Computed on every second row
+    and column; the error is smoothed before its maximum is taken.
+    """
+    size, every_second = model.encoder.grid_size, slice(None, None, 2)
+    rgbs, masks = decode_partial(model, slots, (every_second, every_second), slot_mask)
+    error = ((rgbs * masks).sum(dim=1) - images[:, :, every_second, every_second]).float().square().mean(dim=1)
+    coarse = F.adaptive_avg_pool2d(error, size)  # [B, h, w]
+    grid = coord_grid(size).to(coarse)
+    kernel = torch.exp(-0.5 * ((grid[:, None] - grid) / 0.125).square())  # [w, w]; about as wide as an object
+    worst = (kernel @ coarse @ kernel).flatten(1).argmax(dim=1)  # [B]
+    return error.mean(dim=(1, 2)), torch.stack([grid[worst % size], grid[worst // size]], dim=1)
+
+
+@torch.no_grad()
+def prune_and_reseed(
+    model: SlotAttentionAutoEncoder,
+    images: Tensor,
+    slots: Tensor,
+    prune_threshold: float = 1e-3,
+    num_reseeds: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """Removes slots that the reconstruction does not need, then tries them where it is worst.
+
+    images           [B, 3, H, W] in [-1, 1]
+    slots            [B, K, D] initial slots, as in model(images, slots=slots)
+    prune_threshold  change of the image's MSE (images in [-1, 1]) that justifies a slot
+    num_reseeds      how many absent slots are tried
+
+    Two slots reconstruct an object slightly better than one, so spare slots learn to share objects, and a slot
+    that has converged on two objects stays there. The reconstruction error shows both, without labels, as the
+    likelihood does in split-and-merge EM (Ueda et al. 2000).
+
+    1. Each slot in turn, the one with the least attention first, is removed, and the others get one iteration
+       to take over. It returns where the error rises by `prune_threshold` or more.
+    2. An absent slot is placed where the error is largest. It stays where the error falls by `prune_threshold`
+       or more after all iterations.
+
+    Returns slots [B, K, D] to decode and slot_mask [B, K], False for absent slots. Raises ConfigError for the
+    'paper' architecture, whose slots have no position.
+    """
+    attention = model.slot_attention
+    if not isinstance(attention, FramedSlotAttention):
+        raise ConfigError("prune_and_reseed needs the 'fast' architecture, whose slots have a position")
+    features = attention.norm_inputs(model.encoder(images))  # [B, N, C]
+
+    def attempt(slots: Tensor, slot_mask: Tensor, num_iterations: int | None = None) -> tuple[Tensor, ...]:
+        """Slots before and after the glimpse, their mask, attention, error [B] and its worst position [B, 2]."""
+        slots, attn = attention.iterate(features, slots, num_iterations, slot_mask)
+        glimpsed = attention.add_glimpse(features, slots, attn[:, -1])
+        return slots, glimpsed, slot_mask, attn[:, -1], *reconstruction_error(model, images, glimpsed, slot_mask)
+
+    def select(accepted: Tensor, trial: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The trial for the images in which `accepted` [B] is true, the best so far for the others."""
+        pairs = zip(trial, best, strict=True)
+        return tuple(torch.where(accepted.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs)
+
+    best = attempt(slots, torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device))
+    for weakest in best[3].sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
+        trial = attempt(best[0], best[2].scatter(1, weakest[:, None], False), num_iterations=1)
+        best = select(trial[4] < best[4] + prune_threshold, trial, best)
+    for _ in range(num_reseeds):
+        absent = ~best[2]
+        reseeded = absent & (absent.cumsum(dim=1) == 1)  # [B, K], the first absent slot
+        frame = F.pad(best[5], (0, 1), value=0.12)[:, None].expand(-1, slots.shape[1], -1)  # a small object's scale
+        placed = torch.cat([frame, slots[..., FRAME:]], dim=2)
+        trial = attempt(torch.where(reseeded[:, :, None], placed, best[0]), best[2] | reseeded)
+        best = select(reseeded.any(dim=1) & (trial[4] <= best[4] - prune_threshold), trial, best)
+    return best[1], best[2]
+
+
+def refine(
+    model: SlotAttentionAutoEncoder,
+    images: Tensor,
+    slots: Tensor,
+    slot_mask: Tensor | None = None,
+    num_steps: int = 20,
+    lr: float = 0.02,
+) -> Tensor:
+    """Minimises each image's reconstruction error with respect to its slots: [B, K, D] -> [B, K, D].
+
+    images [B, 3, H, W], slot_mask [B, K] as in decode_partial(). Semi-amortised inference (Kim et al. 2018, arXiv
+    1802.02550): the network's slots are the start of `num_steps` steps of Adam, each on a quarter of the pixels,
+    with a learning rate that falls from `lr` to 0. An image whose error does not fall keeps its slots.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        images, before = images.clone(), slots.detach().clone()  # tensors made in inference mode have no gradient
+        slots = before.clone().requires_grad_()
+        optimizer = torch.optim.Adam([slots], betas=(0.5, 0.9))  # a short memory, for there are few steps
+        for step in range(num_steps):
+            rows, columns = slice(step % 2, None, 2), slice(step // 2 % 2, None, 2)
+            rgbs, masks = decode_partial(model, slots, (rows, columns), slot_mask)
+            error = ((rgbs * masks).sum(dim=1) - images[:, :, rows, columns]).float().square()
+            (slots.grad,) = torch.autograd.grad(error.mean(dim=(1, 2, 3)).sum(), slots)
+            optimizer.param_groups[0]['lr'] = lr * (1 - step / num_steps)
+            optimizer.step()
+        slots = slots.detach()
+    with torch.no_grad():
+        errors = [reconstruction_error(model, images, x, slot_mask)[0] for x in (slots, before)]
+        return torch.where((errors[0] < errors[1])[:, None, None], slots, before)
+
+
+# =============================================================================================
+# 4. Scores
+# =============================================================================================
+
+IGNORE_LABEL = 255  # pixels with this label count in no score (the border in PASCAL VOC)
 
 
 def segmentation(masks: Tensor) -> Tensor:
-    """masks [B, K, 1, H, W] (or attn [B, K, h, w]) -> index of the strongest slot [B, H, W]."""
+    """Index of the strongest slot at each pixel: masks [B, K, 1, H, W] or attn [B, K, h, w] -> [B, H, W]."""
     return (masks.squeeze(2) if masks.ndim == 5 else masks).argmax(dim=1)
 
 
 def contingency_table(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
-    """How many places carry label i in `a` and label j in `b`: integer [B, I, J].
+    """Number of pixels with label i in `a` and label j in `b`: [B, I, J], int64.
 
-    a, b   integer labels >= 0 [B, ...]
-    where  bool [B, ...], the places that count (default: all)
+    a, b   integer labels >= 0, [B, ...]
+    where  bool [B, ...], the pixels to count; default: all
     """
     a, b = a.flatten(1).long(), b.flatten(1).long()
     I, J = int(a.max()) + 1, int(b.max()) + 1
@@ -718,17 +707,16 @@ def contingency_table(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tens
 
 
 def adjusted_rand_index(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
-    """Agreement of two segmentations of each image beyond chance (Hubert & Arabie 1985): [B].
+    """Adjusted Rand index of two segmentations of each image, [B] (Hubert and Arabie 1985).
 
-    1 for the same partition, 0 on average for independent ones. Two trivial partitions that
-    agree (one object, found whole) score 1; an image where no place counts gives NaN.
-    Arguments as in contingency_table().
+    1 for equal partitions, 0 on average for independent ones. Two equal trivial partitions (one object,
+    found whole) score 1; an image without a counted pixel scores NaN. Arguments as in contingency_table().
     """
-    return _ari_of_counts(contingency_table(a, b, where))
+    return _ari(contingency_table(a, b, where))
 
 
-def _ari_of_counts(table: Tensor) -> Tensor:
-    """contingency_table() [B, I, J] -> [B]. In float64 counts of pairs are exact, below 2^53."""
+def _ari(table: Tensor) -> Tensor:
+    """Contingency table [B, I, J] -> ARI [B]. Counts of pairs are exact in float64, below 2^53."""
 
     def pairs(n: Tensor) -> Tensor:
         return n.double() * (n - 1) / 2
@@ -742,23 +730,39 @@ def _ari_of_counts(table: Tensor) -> Tensor:
     return torch.where(table.sum((1, 2)) > 0, score, torch.nan)
 
 
-def _mbo_of_counts(table: Tensor) -> Tensor:
-    """Counts of labels x slots [B, I, J] -> mean best IoU of the labels in sight but the first, [B]."""
+def _best_and_matched_iou(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Contingency table [B, labels, slots] -> mBO [B] and mIoU [B] of the labels above 0; NaN without objects."""
     union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
-    best = (table.double() / union.clamp(min=1)).amax(dim=2)[:, 1:]  # [B, objects]
-    in_sight = table.sum(2)[:, 1:] > 0
-    return (best * in_sight).sum(1) / in_sight.sum(1)  # 0 / 0 = NaN
+    iou = (table.double() / union.clamp(min=1))[:, 1:]  # [B, objects, slots]; 0 for an object without pixels
+    num_objects = (table.sum(2)[:, 1:] > 0).sum(1)  # [B]
+    best = iou.amax(dim=2).sum(1) / num_objects  # 0 / 0 is NaN
+    matched = [image[linear_sum_assignment(image, maximize=True)].sum() for image in iou.cpu().numpy()]
+    return best, torch.tensor(matched, dtype=iou.dtype, device=iou.device) / num_objects
 
 
 def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Scores of each image, each [B]; labels [B, H, W], 0 = background; masks [B, K, 1, H, W].
+    """Scores of each image, [B] each.
 
-    fg_ari  ARI over the true foreground only (paper Section 4), NaN without foreground
-    ari     ARI over the whole image
-    mbo     mean over the objects in sight of the best IoU that any slot has, NaN without objects
+    labels  [B, H, W], 0 is the background, 1, 2, ... are objects, 255 is ignored
+    masks   [B, K, 1, H, W]; a pixel belongs to the slot with the largest mask
+
+    fg_ari  ARI over the pixels of the true foreground (paper Section 4.1); NaN without foreground
+    ari     ARI over all pixels
+    mbo     mean over the objects of the best IoU that any slot has with them; NaN without objects
+    miou    mean IoU of objects and slots, matched one to one (Hungarian algorithm); an object without a slot
+            counts 0; NaN without objects
+
+    Raises ValueError for negative labels and for labels and masks of different sizes.
     """
-    table = contingency_table(labels, segmentation(masks))  # [B, labels, slots]
-    return {'fg_ari': _ari_of_counts(table[:, 1:]), 'ari': _ari_of_counts(table), 'mbo': _mbo_of_counts(table)}
+    found = segmentation(masks)  # [B, H, W]
+    if labels.shape != found.shape:
+        raise ValueError(f'labels {list(labels.shape)} and masks {list(masks.shape)} are of different sizes')
+    if labels.min() < 0:
+        raise ValueError(f'labels must not be negative, the smallest is {int(labels.min())}')
+    counted = labels != IGNORE_LABEL
+    table = contingency_table(labels.where(counted, 0), found, counted)  # [B, labels, slots]
+    mbo, miou = _best_and_matched_iou(table)
+    return {'fg_ari': _ari(table[:, 1:]), 'ari': _ari(table), 'mbo': mbo, 'miou': miou}
 
 
 def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
@@ -766,20 +770,73 @@ def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
     return segmentation_scores(labels, masks)['fg_ari']
 
 
-# --- Checkpoints -----------------------------------------------------------------------------
+# =============================================================================================
+# 5. Configuration and checkpoints
+# =============================================================================================
 
-CHECKPOINT_FORMAT = 'slot-attention/1'
+MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
+CHECKPOINT_FORMAT = 'slot-attention/2'
+
+
+class ConfigError(ValueError):
+    """A model that cannot be built or used this way; the message gives the reason in one line."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which and why in one line."""
+    """A checkpoint that cannot be used; the message gives the file and the reason in one line."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build a model; saved in every checkpoint.
+
+    architecture    'fast': part 2 of this file; 'paper': part 1
+    resolution      side of the square images, pixels
+    num_slots       K, slots in training; another number can be given per call
+    slot_dim        D, size of a slot
+    num_iterations  T, iterations of Slot Attention; another number can be given per call
+    hidden_dim      channels of the hidden layers of encoder and decoder
+    gradient        'full' or 'first_order', see SlotAttention
+    damping         of the fast variant, see FramedSlotAttention; 0: a mean of the inputs as in Algorithm 1
+
+    Raises ConfigError for values that make no model, naming the field.
+    """
+
+    architecture: str = 'fast'
+    resolution: int = 64
+    num_slots: int = 7
+    slot_dim: int = 64
+    num_iterations: int = 3
+    hidden_dim: int = 64
+    gradient: str = 'full'
+    damping: float = 0.0
+
+    def __post_init__(self):
+        for name, allowed in (('architecture', ('fast', 'paper')), ('gradient', ('full', 'first_order'))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f'{name} must be one of {", ".join(allowed)}, not {getattr(self, name)!r}')
+        for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if not 0 <= self.damping < math.inf:
+            raise ConfigError(f'damping must be at least 0, not {self.damping}')
+        if self.architecture == 'fast' and self.slot_dim <= FRAME:
+            raise ConfigError(f"slot_dim must be larger than {FRAME} for the 'fast' architecture, not {self.slot_dim}")
+        if self.architecture == 'paper' and self.damping:
+            raise ConfigError("damping belongs to the 'fast' architecture; leave it 0 for 'paper'")
+        step = 16 if self.architecture == 'paper' and self.resolution > 64 else 1  # Table 4 doubles an 8x8 grid
+        if not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION or self.resolution % step:
+            raise ConfigError(
+                f'resolution must be from {MIN_RESOLUTION} to {MAX_RESOLUTION} pixels, and a multiple of 16 above 64 '
+                f"for the 'paper' architecture, not {self.resolution}"
+            )
 
 
 def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **training) -> None:
-    """Write the model, its configuration and `training` (tensors and plain values) to `path`.
+    """Writes the model's configuration and weights and `training` (tensors and plain values) to `path`.
 
-    The file appears whole or not at all: it is written beside its final name, flushed to disk and
-    renamed. Raises OSError when that fails; what was at `path` is then untouched.
+    The file is written under a temporary name, flushed to disk and renamed, so it is never incomplete. Raises
+    OSError if that fails; an earlier file at `path` is then unchanged.
     """
     path = Path(path)
     checkpoint = {
@@ -788,7 +845,7 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
         'model': model.state_dict(),
         'training': training,
     }
-    buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError of its archive, or not at all
+    buffer = io.BytesIO()  # torch.save to a file reports a full disk as a RuntimeError, or not at all
     torch.save(checkpoint, buffer)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
@@ -802,39 +859,31 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """The dictionary that save_checkpoint() wrote, on the CPU, 'config' as a ModelConfig.
+    """Reads what save_checkpoint() wrote: a dict with 'config' (a ModelConfig), 'model' and 'training'.
 
-    Raises CheckpointError when the file is missing, damaged or not one of ours. Nothing in the
-    file is executed (torch.load with weights_only=True).
+    Tensors are on the CPU; no code in the file is executed (torch.load with weights_only=True). Raises
+    CheckpointError if the file is missing, damaged, or not a checkpoint of this version.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'no checkpoint at {path}')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises whatever the damage happens to trip over
-        raise CheckpointError(f'{path} is damaged or no PyTorch checkpoint ({type(error).__name__})') from error
-    if not isinstance(checkpoint, dict) or checkpoint.get('format') != CHECKPOINT_FORMAT:
-        raise CheckpointError(f'{path} is not a checkpoint of this program (format {CHECKPOINT_FORMAT!r})')
-    try:
-        if missing := {field.name for field in fields(ModelConfig)} - checkpoint['config'].keys():
-            raise KeyError(f'its configuration has no {", ".join(sorted(missing))}')
-        checkpoint['config'] = ModelConfig(**checkpoint['config'])
-        checkpoint['model'], checkpoint['training'].keys()
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f'{path} does not hold a model this version can build: {error}') from error
-    return checkpoint
+        if checkpoint['format'] != CHECKPOINT_FORMAT:
+            raise ValueError(f'its format is not {CHECKPOINT_FORMAT!r}')
+        return {
+            'config': ModelConfig(**checkpoint['config']),
+            'model': dict(checkpoint['model']),
+            'training': dict(checkpoint['training']),
+        }
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise damaged(path, error) from error
 
 
-def same_form(value, like) -> bool:
-    """Whether a value of a checkpoint has the types, keys, lengths and shapes of another."""
-    if type(value) is not type(like):
-        return False
-    if isinstance(value, dict):
-        return value.keys() == like.keys() and all(same_form(value[key], like[key]) for key in like)
-    if isinstance(value, list):
-        return len(value) == len(like) and all(map(same_form, value, like))
-    return not isinstance(value, Tensor) or (value.shape, value.dtype) == (like.shape, like.dtype)
+def damaged(path: str | os.PathLike, error: Exception) -> CheckpointError:
+    """The one message for whatever goes wrong while a checkpoint is read or restored."""
+    reason = ' '.join(str(error).split())[:200]
+    return CheckpointError(f'{path} is damaged or of another version ({type(error).__name__}: {reason})')
 
 
 def load_model(path: str | os.PathLike) -> SlotAttentionAutoEncoder:
@@ -843,10 +892,10 @@ def load_model(path: str | os.PathLike) -> SlotAttentionAutoEncoder:
 
 
 def build_model(checkpoint: dict, path: str | os.PathLike) -> SlotAttentionAutoEncoder:
-    """The model of a loaded checkpoint; `path` is for the error message."""
-    model = SlotAttentionAutoEncoder(checkpoint['config'])
+    """As load_model(), for a loaded checkpoint; `path` is named in the error message."""
     try:
+        model = SlotAttentionAutoEncoder(checkpoint['config'])
         model.load_state_dict(checkpoint['model'])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{path}: the weights do not fit the configuration beside them') from error
+    except Exception as error:
+        raise damaged(path, error) from error
     return model.eval()

@@ -1,14 +1,14 @@
-"""Train a Slot Attention autoencoder, score it, log it to TensorBoard and keep its checkpoints.
+"""Trains a Slot Attention autoencoder, scores it, logs to TensorBoard and writes checkpoints.
 
     python train.py                                              # shapes, 64x64, 7 slots
     python train.py --epochs 4                                   # a first look, in minutes
-    python train.py --architecture paper                         # the paper's model and schedule
-    python train.py --resume auto                                # go on where the last run stopped
+    python train.py --architecture paper --dataset tetrominoes   # the paper's model and schedule
+    python train.py --resume auto                                # continue the last run
     torchrun --nproc_per_node 2 train.py                         # two processes share every batch
-    python train.py --eval --resume logs/checkpoints/best_model.pth --num_iterations 16
+    python train.py --eval --search --resume logs/checkpoints/last.pth
 
-The order of the images is a function of (seed, epoch), the slot noise of (seed, step), the learning
-rate of the step: a resumed run continues as if it had never stopped.
+The order of the images is a function of (seed, epoch), the noise of the slots of (seed, step), the
+learning rate of the step: a resumed run continues as if it had never stopped.
 """
 
 import argparse
@@ -16,14 +16,16 @@ import contextlib
 import itertools
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,231 +45,250 @@ try:
 except ImportError:  # not on Windows, where nothing stops two runs from sharing a folder
     fcntl = None
 
-from dataset import (
-    DATASETS,
-    SIZES,
-    VARIANTS,
-    DataError,
-    create_dataloader,
-    create_dataset,
-    flip,
-    wrap_in_loader,
-)
+from dataset import DATASETS, SIZES, VARIANTS, DataError, create_dataloader, create_dataset, flip, wrap_in_loader
 from slot_attention import (
-    ALL,
+    ALL_PIXELS,
+    IGNORE_LABEL,
+    AcceleratedBroadcastDecoder,
     CheckpointError,
     ConfigError,
     ModelConfig,
     Pixels,
     SlotAttentionAutoEncoder,
     SlotAttentionOutput,
+    SpatialBroadcastDecoder,
     adjusted_rand_index,
     build_model,
     contingency_table,
+    damaged,
+    decode_partial,
     fg_ari,
     load_checkpoint,
-    same_form,
+    prune_and_reseed,
+    refine,
     save_checkpoint,
     segmentation,
     segmentation_scores,
 )
 from visualize import visualize_attention_evolution, visualize_slots
 
-# What a flag is when it is not given. 'paper' is Table 11 with Adam's learning rate halving
-# every 100,000 steps; 'fast' is what was measured to learn shapes soonest (README, "What was tried").
-RECIPES = {
-    'fast': dict(
-        hidden_dim=64, num_iterations=8, slot_init='gaussian', gradient='first_order', damping=1 / 32,
-        eval_iterations=12, slot_worth=1e-3, refine_steps=20, optimizer='muon',
-        epochs=8, batch_size=16, lr=2e-3, warmup_steps=300, decay_steps=0, cooldown=0.5,
-        clip=1.0, pixel_stride=2,
-    ),
-    'paper': dict(
-        hidden_dim=64, num_iterations=3, slot_init='gaussian', gradient='full', damping=0.0,
-        eval_iterations=0, slot_worth=0.0, refine_steps=0, optimizer='adam',
-        epochs=100, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0,
-        clip=0.0, pixel_stride=1,
-    ),
-}  # fmt: skip
-DEFAULTS = dict(
-    dataset='shapes', architecture='fast', slot_dim=64, max_objects=6, min_objects=2, train_size=0, val_size=320,
-    data_seed=0, seed=0, data_dir='data', variant=VARIANTS[0], flip=0,
+# What --architecture paper changes of the flags' defaults: Table 11.
+PAPER_RECIPE = dict(
+    num_iterations=3, gradient='full', damping=0.0, optimizer='adam', pixel_stride=1, steps=500_000, batch_size=64,
+    lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
 )  # fmt: skip
-BY_DATASET = ('resolution', 'num_slots')  # see dataset.SIZES
-MODEL_FLAGS = tuple(field.name for field in fields(ModelConfig))
-DATA_FLAGS = (
-    'dataset', 'data_dir', 'variant', 'max_objects', 'min_objects', 'train_size', 'val_size', 'data_seed', 'flip',
-    'seed', 'optimizer',
+MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
+NOT_SAVED = (
+    'resume', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp', 'compile',
+    'num_workers',
 )  # fmt: skip
-OPTIMISATION_FLAGS = ('epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'cooldown', 'clip', 'pixel_stride')
-FREE_IN_EVAL = ('num_slots', 'num_iterations', 'slot_worth', 'refine_steps', 'val_size', 'max_objects')
+FREE_ON_RESUME = (  # other saved flags must not contradict the checkpoint
+    'data_dir', 'pixel_stride', 'steps', 'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps', 'cooldown',
+    'clip', 'log_every', 'val_every', 'save_every', 'save_minutes',
+)  # fmt: skip
+FREE_IN_EVAL = ('data_dir', 'num_slots', 'num_iterations', 'val_size', 'max_objects')
 SCORES = {
-    'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'attn_fg_ari': 'attn FG-ARI',
+    'mse': 'MSE', 'fg_ari': 'FG-ARI', 'ari': 'ARI', 'mbo': 'mBO', 'miou': 'mIoU', 'attn_fg_ari': 'attn FG-ARI',
     'consistency': 'consistency',
 }  # fmt: skip
 
-# How slots go wrong: figure of mask_statistics(), value above which it is so, what to say. The first counts.
+# Failure modes: a statistic of mask_statistics(), the value above which it is a failure, and the advice.
 DIAGNOSES = {
-    'mask_entropy': (0.6, 'every object is spread over the slots: train longer, or raise --lr'),
-    'largest_slot': (0.9, 'one slot holds nearly all objects: try a lower --lr, a longer --warmup_steps or --seed'),
-    'sameness': (0.5, 'the masks do not depend on the image (stripes, blobs): raise --lr or try another --seed'),
-    'missed': (0.2, 'many objects are left to the background: try more --num_iterations, --num_slots or --epochs'),
-    'split': (0.15, 'spare slots split objects: try a larger --slot_worth, fewer --num_slots or more --epochs'),
+    'mask_entropy': (0.6, 'each object is spread over all slots: train longer, or raise --lr'),
+    'largest_slot': (0.9, 'one slot holds nearly all objects: lower --lr, raise --warmup_steps or change --seed'),
+    'sameness': (0.5, 'the masks do not depend on the image (stripes, blobs): raise --lr or change --seed'),
+    'missed': (0.2, 'many objects are left to the background: raise --num_iterations, --num_slots or --steps'),
+    'split': (0.15, 'spare slots split objects: raise --steps, lower --num_slots, or score with --search'),
 }
-SETTLED = 3  # validations in a row with the same diagnosis, before it is said
-MAX_SKIPPED = 10  # steps in a row without a finite gradient, before the run is given up
-SAFE_COMPILER = '2.10'  # for CPUs: those of PyTorch 2.6, 2.8 and 2.9 write outside of their memory, that of 2.7 fails
+REPORT_AFTER = 3  # a diagnosis is printed when this many consecutive validations agree
+MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
+MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
+VAL_STEPS = 500  # least steps between two validations, with --val_every 0
+COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do in one line."""
+    """Training cannot continue; the message gives the reason and the remedy in one line."""
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM has come; its number is the argument."""
+class Interrupted(Exception):
+    """Raised on SIGINT or SIGTERM; `args[0]` is the signal number."""
 
 
 # --- Command line ----------------------------------------------------------------------------
 
 
-def create_parser(**kwargs) -> argparse.ArgumentParser:
-    """All flags; those of model, data and optimisation are None until settle() fills them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n')[0], usage='python train.py [--help] [flags]', allow_abbrev=False, **kwargs
-    )
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
 
-    def add(group, name, type, help, **kwargs):
-        if name in DEFAULTS:
-            help += f' (default: {DEFAULTS[name]})'
-        elif name in RECIPES['fast']:
-            values = [f'{architecture} {recipe[name]}' for architecture, recipe in RECIPES.items()]
-            help += f' (default by architecture: {", ".join(values)})'
-        elif name in BY_DATASET:
-            index = BY_DATASET.index(name)
-            help += (
-                f' (default by data set: {", ".join(f"{dataset} {sizes[index]}" for dataset, sizes in SIZES.items())})'
-            )
-        elif kwargs.get('default') is not None:
-            help += f' (default: {kwargs["default"]})'
-        if 'choices' not in kwargs:
-            kwargs['metavar'] = {'int': 'N', 'float': 'X'}.get(type.__name__, 'PATH')
-        group.add_argument(f'--{name}', type=type, help=help, **kwargs)
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message}\n')
 
+
+def create_parser(defaults: bool = True) -> Parser:
+    """All flags with their defaults, of which parse_args() changes some; or without defaults and --help."""
+    parser = Parser(
+        prog='train.py', usage='python train.py [flags]', description=__doc__.split('\n')[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=defaults,
+    )  # fmt: skip
+
+    def add(group, name, type, default, help, choices=None):
+        kwargs = dict(default=default if defaults else argparse.SUPPRESS, help=help)
+        if type is bool:
+            group.add_argument(f'--{name}', action='store_true', **kwargs)
+            return
+        metavar = None if choices else {'int': 'N', 'float': 'X'}.get(type.__name__, 'PATH')
+        group.add_argument(f'--{name}', type=type, choices=choices, metavar=metavar, **kwargs)
+
+    # fmt: off
     group = parser.add_argument_group('data')
-    add(group, 'dataset', str, 'source of the images', choices=DATASETS)
-    add(group, 'data_dir', str, 'where sources other than shapes lie')
-    add(group, 'variant', str, 'of multi_dsprites', choices=VARIANTS)
-    add(group, 'resolution', int, 'side of the square images, pixels')
-    add(group, 'max_objects', int, 'most objects in an image')
-    add(group, 'min_objects', int, 'fewest objects in an image')
-    add(group, 'train_size', at_least(0), 'training images at most; 0: all there are, and 10,000 shapes')
-    add(group, 'val_size', at_least(1), 'validation images at most, and test images with --eval')
-    add(group, 'data_seed', at_least(0), 'decides what is drawn')
-    add(group, 'flip', int, '1: half of the training images are mirrored', choices=(0, 1))
+    add(group, 'dataset', str, 'shapes', 'source of the images', DATASETS)
+    add(group, 'data_dir', str, 'data', 'folder of the data, for all data sets but shapes')
+    add(group, 'variant', str, VARIANTS[0], 'which of the three multi_dsprites files', VARIANTS)
+    add(group, 'resolution', number(16), 64, 'side of the square images in pixels, 16 to 256')
+    add(group, 'max_objects', number(1), 6, 'most objects in an image; scenes with more are left out')
+    add(group, 'min_objects', number(1), 2, 'fewest objects in an image, shapes only')
+    add(group, 'train_size', number(0), 0, 'most training images to use; 0: all, and 10,000 for shapes')
+    add(group, 'val_size', number(1), 320, 'most validation images to use; with --eval: test images')
+    add(group, 'data_seed', number(0), 0, 'seed of the drawn shapes')
+    add(group, 'flip', int, 0, '1: mirror each training image left to right with probability 0.5', (0, 1))
     group = parser.add_argument_group('model')
-    add(group, 'architecture', str, "layers: 'paper' has those of its Tables 4-7", choices=tuple(RECIPES))
-    add(group, 'num_slots', int, 'slots: one for the background and one for each object at least')
-    add(group, 'slot_dim', int, 'size of a slot')
-    add(group, 'num_iterations', int, 'iterations of Slot Attention')
-    add(group, 'hidden_dim', int, 'channels of encoder and decoder; paper up to 64 pixels: 32')
-    add(group, 'slot_init', str, 'one Gaussian for all, or a learned vector each', choices=('gaussian', 'learned'))
-    add(group, 'gradient', str, 'through all iterations, or the last one only', choices=('full', 'first_order'))
-    add(group, 'damping', float, 'share of the image below which the attention that a slot wins hardly updates it')
-    add(group, 'eval_iterations', at_least(0), 'iterations in evaluation; 0: as in training')
-    add(group, 'slot_worth', float, 'MSE that a slot must take off its image to be used in evaluation; 0: all are')
-    add(group, 'refine_steps', at_least(0), 'steps in which slots descend the error of their image in evaluation')
+    add(group, 'architecture', str, 'fast',
+        'paper: Locatello et al. 2020, Tables 4-7; fast: a variant that learns in minutes on a CPU', ('fast', 'paper'))
+    add(group, 'num_slots', number(1), 7, 'number of slots: at least one per object and one for the background')
+    add(group, 'slot_dim', number(1), 64, 'size of a slot')
+    add(group, 'num_iterations', number(1), 8, 'iterations of Slot Attention')
+    add(group, 'hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
+    add(group, 'gradient', str, 'first_order',
+        'backpropagate through all iterations (full) or the last one only (first_order)', ('full', 'first_order'))
+    add(group, 'damping', number(0, float), 1 / 32,
+        "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
     group = parser.add_argument_group('optimisation')
-    add(group, 'optimizer', str, 'muon: Muon for the matrices, Adam for the rest', choices=('adam', 'muon'))
-    add(group, 'pixel_stride', at_least(1), 'the loss is that of every so many rows and columns, at random offsets')
-    add(group, 'epochs', at_least(1), 'passes over the training images')
-    add(group, 'batch_size', int, 'images per step')
-    add(group, 'lr', at_least(0, float), 'peak learning rate')
-    add(group, 'warmup_steps', at_least(0), 'steps of linear warm-up')
-    add(group, 'decay_steps', at_least(0), 'steps in which the learning rate halves; 0: never')
-    add(group, 'cooldown', at_least(0, float), 'share of the run at its end in which the learning rate falls to 0')
-    add(group, 'clip', at_least(0, float), 'largest norm of the gradient; 0: no clipping')
-    add(group, 'seed', at_least(0), 'decides initial weights, order of the images and slot noise')
+    add(group, 'steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
+    add(group, 'epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
+    add(group, 'batch_size', number(1), 16, 'images per step, of all processes together')
+    add(group, 'lr', number(0, float), 2e-3, 'peak learning rate')
+    add(group, 'warmup_steps', number(0), 300, 'steps of linear warm-up of the learning rate')
+    add(group, 'decay_steps', number(0), 0, 'steps in which the learning rate halves; 0: it does not')
+    add(group, 'cooldown', number(0, float, 1), 0.5, 'share of the run, at its end, in which the rate falls to 0')
+    add(group, 'clip', number(0, float), 1.0, 'largest gradient norm; 0: no clipping')
+    add(group, 'optimizer', str, 'muon', 'adam, or muon: Muon for the matrices and Adam for the rest', ('adam', 'muon'))
+    add(group, 'pixel_stride', number(1), 2, 'compute the loss on every N-th row and column, at random offsets')
+    add(group, 'seed', number(0), 0, 'seed of the weights, the order of the images and the noise of the slots')
     group = parser.add_argument_group('logging')
-    add(group, 'log_dir', Path, 'TensorBoard files, and checkpoints/ below it (default: logs, or where --resume lies)')
-    add(group, 'log_every', at_least(1), 'steps between two points of the training curves', default=50)
-    add(group, 'save_every', at_least(0), 'epochs between two checkpoint_epoch_N.pth; 0: none', default=10)
-    add(group, 'save_minutes', at_least(0, float), 'minutes between two savings of last.pth', default=5)
-    add(group, 'resume', Path, 'checkpoint to go on from, or to score with --eval; auto: the newest in --log_dir')
-    group.add_argument('--eval', action='store_true', help='score --resume on the test images and stop')
+    add(group, 'log_dir', Path, Path('logs'), 'folder of the TensorBoard files, with checkpoints/ in it')
+    add(group, 'log_every', number(1), 50, 'steps between two points of the training curves')
+    add(group, 'val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
+    add(group, 'save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
+    add(group, 'save_minutes', number(0, float), 5.0, 'minutes between two writes of last.pth')
+    add(group, 'resume', Path, None,
+        'checkpoint, or folder of a run, to continue or to score with --eval; auto: the newest in --log_dir. '
+        'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')
+    group = parser.add_argument_group('evaluation')
+    add(group, 'eval', bool, False, 'score --resume on the test images and exit')
+    add(group, 'search', bool, False, 'with --eval: also score slots that are pruned and reseeded, then refined, by '
+        'the reconstruction error of each test image')
+    add(group, 'prune_threshold', number(0, float), 1e-3, 'change of the MSE of an image in [-1, 1] that justifies a '
+        'slot, with --search')
+    add(group, 'refine_steps', number(0), 20, 'steps of gradient descent on the slots, with --search')
     group = parser.add_argument_group('system')
-    add(group, 'device', str, 'auto takes a GPU where there is one', default='auto', choices=('auto', 'cpu', 'cuda'))
-    add(group, 'amp', str, 'bfloat16; auto: where it is fast', default='auto', choices=('auto', 'on', 'off'))
-    group.add_argument(
-        '--compile', action='store_true', help='torch.compile the model: faster steps after a first one of a minute'
-    )
-    add(group, 'num_workers', at_least(0), 'processes that load batches; 0: none, the data are in memory', default=0)
-
+    add(group, 'device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
+    add(group, 'amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
+    add(group, 'compile', bool, False, 'torch.compile the training step: a minute at the first step, faster ones later')
+    add(group, 'num_workers', number(0), 0, 'processes that load batches; 0: load in the training process')
+    # fmt: on
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = create_parser()
-    args = parser.parse_args(argv)
-    if args.eval and args.resume is None:
-        parser.error('--eval needs --resume PATH, the checkpoint to score')
-    return args
+def number(lowest: int, kind: type = int, highest: float = 2**63 - 1) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` from `lowest` to `highest` (the default: the largest seed of torch)."""
 
-
-def at_least(lowest: int, number: type = int):
-    """An argparse type: a number from `lowest` to what 63 bits hold."""
-
-    def parse(text: str):
-        value = number(text)
-        if not lowest <= value < 2**63:  # the largest seed that torch takes
-            raise argparse.ArgumentTypeError(f'must be at least {lowest} and below 2^63, not {text}')
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f'must be at least {lowest} and at most {highest}, not {text}')
         return value
 
-    parse.__name__ = number.__name__  # argparse names the type when the text is no number
+    parse.__name__ = kind.__name__  # argparse names the type if the text is no number
     return parse
 
 
-def settle(args: argparse.Namespace, saved: dict | None = None) -> argparse.Namespace:
-    """Fill in what was not given: from the checkpoint's flags where there is one, else the recipe.
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line twice: first to choose the defaults, then with these.
 
-    Raises ConfigError for a flag that contradicts the checkpoint. Optimisation flags may change on
-    resuming; the number of slots and iterations may in --eval.
+    They are the flags of --resume's checkpoint, else those of --architecture and --dataset. A mistake, such as a
+    flag that contradicts the checkpoint, ends the program with one line and status 2.
     """
-    if saved is None:
-        recipe = RECIPES[args.architecture or DEFAULTS['architecture']] | DEFAULTS
-        recipe |= zip(BY_DATASET, SIZES[args.dataset or DEFAULTS['dataset']], strict=True)
-        args.log_dir = args.log_dir or Path('logs')
-        if args.architecture == 'paper' and (args.resolution or recipe['resolution']) <= 64:
-            recipe['hidden_dim'] = 32  # Tables 5 and 7
-    else:
-        recipe = saved | {'num_iterations': saved['eval_iterations'] or saved['num_iterations']} if args.eval else saved
-        folder = args.resume.parent
-        args.log_dir = args.log_dir or (folder.parent if folder.name == 'checkpoints' else Path('logs'))
-        free = ('data_dir', *(FREE_IN_EVAL if args.eval else ()))
-        for name in MODEL_FLAGS + DATA_FLAGS:
-            given = getattr(args, name)
-            if name not in free and given is not None and given != saved[name]:
-                raise ConfigError(
-                    f'--{name} {given} contradicts {args.resume}, which has {name} {saved[name]}; leave the flag out'
-                )
-        for name in OPTIMISATION_FLAGS:
-            given = getattr(args, name)
-            if given is not None and given != saved[name] and not args.eval:
-                print(f'{name}: {saved[name]} in the checkpoint, {given} from now on')
-    for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS:
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
+    parser = create_parser()
+    given = vars(create_parser(defaults=False).parse_known_args(argv)[0])  # only the flags on the command line
+    defaults = vars(parser.parse_args([]))
+    auto, path = str(given.get('resume')) == 'auto', given.get('resume')
+    try:
+        if auto:
+            path = newest_checkpoint(given.get('log_dir', defaults['log_dir']))
+        if path is None:
+            defaults |= recipe_defaults(given, defaults)
+        else:
+            path = path if path.is_file() else find_checkpoint(path)
+            defaults |= checkpoint_defaults(path, given)
+        if 'epochs' in given or 'steps' in given:
+            defaults |= dict(epochs=0, steps=0)
+        parser.set_defaults(**defaults)
+        args = parser.parse_args(argv)
+        args.resume, args.auto = path, auto
+        check_combination(args, given)
+    except (CheckpointError, ConfigError) as error:
+        parser.error(str(error))
     return args
 
 
-# --- Device ----------------------------------------------------------------------------------
+def recipe_defaults(given: dict, defaults: dict) -> dict:
+    """Defaults of a new run that differ with the architecture or the data set."""
+    resolution, num_slots = SIZES[given.get('dataset', defaults['dataset'])]
+    recipe = dict(resolution=resolution, num_slots=num_slots)
+    if given.get('architecture', defaults['architecture']) == 'paper':
+        recipe |= PAPER_RECIPE | dict(hidden_dim=64 if given.get('resolution', resolution) > 64 else 32)  # Tables 4-7
+    return recipe
+
+
+def checkpoint_defaults(path: Path, given: dict) -> dict:
+    """Defaults of a resumed run: its own flags. Raises CheckpointError, and ConfigError for a contradiction."""
+    saved = load_flags(path)
+    free = FREE_IN_EVAL if given.get('eval') else FREE_ON_RESUME
+    for name, value in saved.items():
+        if (new := given.get(name, value)) == value or (given.get('eval') and name in free):
+            continue
+        if name not in free:
+            raise ConfigError(f'--{name} {new} contradicts {path}, which has {name} {value}; leave it out')
+        print(f'{name}: {value} in the checkpoint, {new} from now on')
+    return saved | (dict(log_dir=path.parent.parent) if path.parent.name == 'checkpoints' else {})
+
+
+def check_combination(args: argparse.Namespace, given: dict) -> None:
+    """Raises ConfigError for flags that need another one, or have no effect with another one."""
+    if args.eval and args.resume is None:
+        raise ConfigError('--eval needs --resume PATH, the checkpoint to score')
+    if not args.eval and bool(args.steps) == bool(args.epochs):
+        raise ConfigError(f'--steps {args.steps} and --epochs {args.epochs}: one of them must be 0 and the other not')
+    useless = {} if args.eval else {'search': 'without --eval'}
+    if args.eval:
+        useless = dict.fromkeys({*FREE_ON_RESUME, 'compile', 'log_dir', 'num_workers'} - {'data_dir'}, 'with --eval')
+    if not args.search:
+        useless |= dict.fromkeys(('prune_threshold', 'refine_steps'), 'without --search')
+    for name in useless.keys() & given.keys():
+        raise ConfigError(f'--{name} has no effect {useless[name]}; leave it out')
+
+
+# --- Device and processes --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where and in which number format to compute, and which process of how many this is.
+class DistributedContext:
+    """Device, number format and process group: the only code that decides them.
 
-    The only code that decides it. Without torchrun there is one process, and what speaks of many does
-    nothing. `control` is their group on the CPU, for what must not wait for a GPU.
+    Without torchrun there is one process, and the collective operations return their argument.
+
+    control  process group on the CPU, for what must not wait for a GPU
     """
 
     device: torch.device
@@ -278,68 +299,63 @@ class Place:
     control: dist.ProcessGroup | None = None
 
     @classmethod
-    def choose(cls, device: str = 'auto', amp: str = 'auto', compiled: bool = False) -> 'Place':
-        """Joins the other processes where torchrun has started some.
+    def create(cls, device: str = 'auto', amp: str = 'auto', compiled: bool = False) -> 'DistributedContext':
+        """Reads the flags, and joins the other processes if torchrun has started some.
 
-        Raises ConfigError for a GPU that is not there, or where torch.compile does not work.
+        Raises ConfigError if there is no such GPU, and if torch.compile does not work.
         """
         if device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: PyTorch finds no CUDA GPU here; use --device cpu')
         if device == 'auto':
             device = 'cuda' if torch.cuda.is_available() else 'cpu'
         if device == 'cuda':
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # without these instructions bfloat16 is emulated, tens of times slower than float32
             checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-            fast = any(getattr(torch.cpu, check, bool)() for check in checks)
-        bfloat16 = amp == 'on' or (amp == 'auto' and fast)
+            supported = any(getattr(torch.cpu, check, bool)() for check in checks)
+        bfloat16 = amp == 'on' or (amp == 'auto' and supported)
         if compiled:
-            if device == 'cpu' and torch.__version__ < SAFE_COMPILER:
-                raise ConfigError(
-                    f'--compile on a CPU needs PyTorch {SAFE_COMPILER} or newer, this is {torch.__version__}: what the '
-                    'older ones compile may crash; leave it out'
-                )
-            try:  # something small: it needs a C++ compiler for CPUs, Triton for GPUs, and headers for both
-                torch.compile(torch.relu)(torch.ones(1, device=device))
-            except Exception as error:
-                reason = ' '.join(str(error).split('\n\n')[0].split())  # the first paragraph, in one line
-                raise ConfigError(f'--compile does not work here ({reason}); leave it out') from error
+            check_compiler(device)
         if not dist.is_torchelastic_launched():
             return cls(torch.device(device), bfloat16, compiled)
         local_rank = int(os.environ['LOCAL_RANK'])
         if device == 'cuda':
             if local_rank >= torch.cuda.device_count():
-                raise ConfigError(f'{torch.cuda.device_count()} GPUs here: --nproc_per_node must not be more')
+                raise ConfigError(f'--nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here')
             torch.cuda.set_device(local_rank)
         store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ['LOCAL_WORLD_SIZE'] == os.environ['WORLD_SIZE']:
-            # torchrun keeps its store when it restarts the processes: without this they would find
-            # the addresses of dead ones. Between nodes these counts may differ (see the README).
+            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones. Between
+            # nodes the counts of restarts may differ, so this is for one node (see README).
             store = dist.PrefixStore(f'attempt {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-        backend = 'nccl' if device == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-        control = dist.new_group(backend='gloo', timeout=timedelta(hours=6))  # preparing a data set takes long
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+        control = dist.new_group(backend='gloo', timeout=timedelta(hours=6))  # preparing a data set may take hours
         device = torch.device(device, local_rank if device == 'cuda' else None)
-        return cls(device, bfloat16, compiled, dist.get_rank(), dist.get_world_size(), control)
+        return cls(device, bfloat16, compiled, rank, world_size, control)
 
     def autocast(self) -> torch.autocast:
-        # No cache of weights in bfloat16: that of torch 2.6 gives what was cast in iterations without gradient to
-        # the last one too, and those weights would never learn.
+        # No cache of cast weights: in PyTorch 2.6 a weight first cast without gradient never gets one.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model as training calls it: many processes average its gradients, and --compile compiles it."""
+    def place(self, model: SlotAttentionAutoEncoder) -> SlotAttentionAutoEncoder:
+        """Moves the model to the device, in the memory layout and with the decoder that are fastest there."""
+        if isinstance(model.decoder, SpatialBroadcastDecoder):
+            model.decoder = AcceleratedBroadcastDecoder(model.decoder)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module for training: averages gradients over the processes, and is compiled with --compile."""
         if self.world_size > 1:
-            model = DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
-        return torch.compile(model, dynamic=False) if self.compiled else model  # all batches have one size
+            module = DistributedDataParallel(module, [self.device] if self.device.type == 'cuda' else None)
+        return torch.compile(module, dynamic=False) if self.compiled else module  # all batches have one size
 
     def generator(self, *key: int) -> torch.Generator:
-        """Noise that is a function of `key`: torch's CPU generator uses 32 bits of a seed, so mix."""
+        """A generator seeded with a hash of `key`."""
         seed = np.random.SeedSequence(key).generate_state(1)[0]
         return torch.Generator(self.device).manual_seed(int(seed))
 
     def shard(self, batch: Tensor) -> Tensor:
-        """This process's part of a batch, as the loaders deal it out: [B, ...] -> [B / world_size, ...]."""
+        """This process's part of a batch, in the order of the loaders: [B, ...] -> [B / world_size, ...]."""
         return batch[self.rank :: self.world_size]
 
     def mean(self, value: Tensor) -> Tensor:
@@ -350,16 +366,16 @@ class Place:
         dist.all_reduce(value)
         return value / self.world_size
 
-    def largest(self, number: int) -> int:
-        """The largest that any process has, so that all decide alike."""
-        if self.world_size > 1:
-            found = torch.tensor(number)
-            dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
-            number = int(found)
-        return number
+    def max(self, value: int) -> int:
+        """Maximum over the processes."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.control)
+        return int(tensor)
 
     def gather(self, value) -> list:
-        """What each process has, by rank."""
+        """The values of all processes, by rank."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -367,13 +383,18 @@ class Place:
         return values
 
     @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """The first process does what is inside before the others."""
+    def main_process_first(self) -> Iterator[None]:
+        """The main process executes the body before the others do."""
         if self.rank > 0:
             self.gather(None)
         yield
         if self.rank == 0:
             self.gather(None)
+
+    def print0(self, text: str) -> None:
+        """Prints from the main process only."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name() if self.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
@@ -381,16 +402,30 @@ class Place:
         return f'{many}{name}, {"bfloat16" if self.bfloat16 else "float32"}'
 
 
+def check_compiler(device: str) -> None:
+    """Raises ConfigError if torch.compile does not work here: it needs a C++ compiler (CPU) or Triton (GPU)."""
+    if device == 'cpu' and torch.__version__ < COMPILER_FLOOR:
+        raise ConfigError(
+            f'--compile on a CPU needs PyTorch {COMPILER_FLOOR} or newer, this is {torch.__version__}, whose compiled '
+            'code may crash; leave it out'
+        )
+    try:
+        torch.compile(torch.relu)(torch.ones(1, device=device))
+    except Exception as error:
+        reason = ' '.join(str(error).split('\n\n')[0].split())  # the first paragraph, in one line
+        raise ConfigError(f'--compile does not work here ({reason}); leave it out') from error
+
+
 # --- Optimiser -------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal before each step (Jordan 2024; Liu et al. 2025, arXiv 2502.16982).
+    """Momentum, orthogonalised before each step (Jordan 2024; Liu et al. 2025, arXiv 2502.16982).
 
-    Every direction of a matrix moves equally far: about 0.2 a root mean square of an entry, as Adam.
-    Weights of convolutions count as matrices [out, in * kernel]. torch.optim.Muon (from 2.9) computes
-    in bfloat16, which most CPUs only emulate; this one stays in float32.
-    As in torch's fused optimisers, nothing changes in a step where the tensor `found_inf` is 1.
+    An update changes every direction of a matrix equally, by an RMS of 0.2 * lr per entry, as Adam. Weights of
+    convolutions are matrices [out, in * kernel]. torch.optim.Muon (from 2.9) computes in bfloat16, which most
+    CPUs only emulate; this one computes in float32. As in torch's fused optimisers, a step in which the tensor
+    `found_inf` is 1 changes nothing.
     """
 
     found_inf = torch.zeros(())
@@ -408,7 +443,7 @@ class Muon(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p]['momentum'] = torch.zeros_like(p)
                 buffer = self.state[p]['momentum']
-                grad = torch.where(found_inf > 0, buffer, p.grad)  # its own mean leaves the buffer as it is
+                grad = torch.where(found_inf > 0, buffer, p.grad)  # averaging the buffer with itself changes nothing
                 buffer.lerp_(grad, 1 - group['momentum'])
                 updates.append(grad.lerp(buffer, group['momentum']).flatten(1))
             for p, direction in zip(parameters, orthogonalise(updates), strict=True):
@@ -417,11 +452,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
-    """Matrices [R, C] -> the nearest (semi-)orthogonal ones, roughly: singular values from 0.7 to 1.2.
+    """Approximates the nearest semi-orthogonal matrices: [R, C] each, singular values between 0.7 and 1.2.
 
-    Five steps of a Newton-Schulz iteration with Jordan's coefficients, X <- (a + b XX' + c (XX')^2) X. All
-    that ever multiplies X are polynomials of the first XX'. So these are iterated, those of one size in one
-    batch, and the matrices themselves, which may be long, are multiplied only once, at the end.
+    Five steps of a Newton-Schulz iteration with Jordan's coefficients, X <- (a + b XX' + c (XX')^2) X. All factors
+    of X are polynomials of the first XX', so only Gram matrices are iterated, those of one size in one batch;
+    the matrices themselves, which may be long, are multiplied once, at the end.
     """
 
     def factor(gram: Tensor) -> Tensor:
@@ -444,12 +479,13 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def create_optimizers(model: SlotAttentionAutoEncoder, name: str) -> list[torch.optim.Optimizer]:
-    """Adam, or Muon for the matrices and Adam for the rest; the learning rate is set at every step."""
-    matrices, rest = [], list(model.parameters())
-    if name == 'muon':  # what is narrow in one direction, as positions and slots, is no matrix to it
-        wide = [p.ndim > 1 and min(p.flatten(1).shape) > 4 for p in rest]
-        matrices = [p for p, is_wide in zip(rest, wide, strict=True) if is_wide]
-        rest = [p for p, is_wide in zip(rest, wide, strict=True) if not is_wide]
+    """Adam, or Muon for the matrices and Adam for the rest; the learning rate is set in every step."""
+
+    def is_matrix(p: nn.Parameter) -> bool:
+        return name == 'muon' and p.ndim > 1 and min(p.flatten(1).shape) > 4  # not position embeddings, mu, sigma
+
+    parameters = list(model.parameters())
+    matrices, rest = ([p for p in parameters if is_matrix(p) == wanted] for wanted in (True, False))
     adam = torch.optim.Adam(rest, fused=True)
     return [adam, Muon(matrices, lr=0.0)] if matrices else [adam]
 
@@ -459,24 +495,26 @@ def create_optimizers(model: SlotAttentionAutoEncoder, name: str) -> list[torch.
 
 @dataclass
 class Progress:
-    """What a run knows of itself besides the weights; it travels in the checkpoint."""
+    """Training state that is saved in checkpoints, besides weights and optimisers."""
 
     step: int = 0  # steps done
-    epochs: int = 0  # epochs done, with their validation
-    seconds: float = 0.0  # spent training, without validation
-    best: float = -math.inf  # best validation score so far
-    window: list = field(default_factory=list)  # [loss, gradient norm] of the steps since the last point of the curves
-    epoch_loss: float = 0.0  # sum over the steps of the present epoch that were not skipped
-    epoch_steps: int = 0  # their number
-    seen: int = 0  # images of the present epoch that were trained on
+    images: int = 0  # images trained on
+    epochs: int = 0  # complete epochs
+    seen: int = 0  # images of the current epoch that were trained on
+    validated: int = 0  # step of the last validation
+    seconds: float = 0.0  # time spent training, without validation
+    best: list = field(default_factory=lambda: [-math.inf, -math.inf])  # highest FG-ARI (else -MSE) and its -MSE
+    window: list = field(default_factory=list)  # [loss, gradient norm] of each step since the last logged point
+    loss_sum: float = 0.0  # over the finite steps since the last validation
+    loss_steps: int = 0  # their number
     skipped: int = 0  # steps of the run without a finite gradient
     skipped_in_row: int = 0
-    diagnosis: str = ''  # the last one, see DIAGNOSES
-    lasting: int = 0  # validations in a row that gave it
+    diagnosis: str = ''  # of the last validation, see DIAGNOSES
+    diagnosis_count: int = 0  # consecutive validations with this diagnosis
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a flag that is looked at between steps."""
+    """Turns the first SIGINT or SIGTERM into a flag that is checked between steps; the second one exits."""
 
     def __init__(self):
         self.signal = None
@@ -490,17 +528,148 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        if self.signal is not None:  # the second time: at once
+        if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
+
+    def check(self, context: DistributedContext) -> None:
+        """Raises Interrupted in all processes if one of them got a signal."""
+        if number := context.max(self.signal or 0):
+            raise Interrupted(number)
+
+
+class ReconstructionLoss(nn.Module):
+    """Mean squared error of the reconstruction (paper Section 2.2), as one module to compile and to distribute."""
+
+    def __init__(self, model: SlotAttentionAutoEncoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels) -> Tensor:
+        """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> loss []."""
+        slots, _ = self.model.encode(images, slots)
+        rgbs, masks = decode_partial(self.model, slots, pixels)
+        recons = (rgbs * masks).sum(dim=1)
+        rows, columns = pixels
+        return F.mse_loss(recons.float(), images[:, :, rows][..., columns])
+
+
+@dataclass
+class Run:
+    """A training run: its parts, and its state between two checkpoints."""
+
+    args: argparse.Namespace
+    context: DistributedContext
+    model: SlotAttentionAutoEncoder
+    loss: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    train_loader: DataLoader
+    val_loader: DataLoader
+    progress: Progress
+    stop: Stop
+    log: 'Log | None' = None  # opened when the run has its folder
+    total_steps: int = 0
+    clock: float = 0.0  # time of the last logged point
+    timed: int = 0  # images trained on since then
+    saved_at: float = 0.0  # time of the last write of a checkpoint
+    save_failed: bool = False
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the whole run, the last of which may be incomplete."""
+        left = self.progress.seen // self.args.batch_size + self.total_steps - self.progress.step
+        return self.progress.epochs + math.ceil(left / len(self.train_loader))
+
+    def validates_after(self, epoch: int) -> bool:
+        """Whether a validation follows this epoch, counted from 0."""
+        every = self.args.val_every or math.ceil(VAL_STEPS / len(self.train_loader))
+        return (epoch + 1) % every == 0 or epoch + 1 == self.num_epochs
+
+
+def train_one_epoch(run: Run, epoch: int) -> None:
+    """Trains to the end of the epoch, or of the run, from where the epoch was interrupted.
+
+    Raises Interrupted on a signal, and TrainingError after MAX_SKIPPED consecutive steps without a finite gradient.
+    """
+    args, context, model, progress = run.args, run.context, run.model, run.progress
+    run.train_loader.sampler.set_epoch(epoch)
+    model.train()
+    first, last = progress.seen // args.batch_size, len(run.train_loader)
+    last = min(last, first + run.total_steps - progress.step)
+    # Losses stay on the device until they are logged. The last point before a validation is logged with it.
+    window = [torch.tensor(pair, device=context.device) for pair in progress.window]
+    run.clock, run.timed = time.monotonic(), 0
+    bar = tqdm(
+        itertools.islice(run.train_loader, first, last), f'epoch {epoch + 1}/{run.num_epochs}', last, initial=first,
+        leave=False, disable=None if context.rank == 0 else True,
+    )  # fmt: skip
+    for i, batch in enumerate(bar, first + 1):
+        images, slots, pixels = prepare_batch(run, batch)
+        with context.autocast():
+            loss = run.loss(images, slots, pixels)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        loss = context.mean(loss.detach())
+        optimizer_step(run, is_finite=torch.isfinite(loss + grad_norm))
+
+        window.append(torch.stack([loss, grad_norm]))
+        progress.step += 1
+        progress.seen += args.batch_size
+        progress.images += args.batch_size
+        run.timed += args.batch_size
+        before_validation = i == last and run.validates_after(epoch)
+        if progress.step % args.log_every == 0 and not before_validation:
+            bar.set_postfix_str(log_window(run, torch.stack(window)))
+            window = []
+        interrupted = context.max(run.stop.signal or 0)
+        save_due = time.monotonic() - run.saved_at > args.save_minutes * 60
+        if interrupted or save_due or i == last:
+            progress.window = torch.stack(window).tolist() if window else []
+        if interrupted:
+            raise Interrupted(interrupted)
+        if save_due:
+            save(run, 'last.pth')
+
+
+def prepare_batch(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Pixels]:
+    """Images [B, 3, H, W] and initial slots [B, K, D] on the device, and the pixels of the loss.
+
+    All that is random is a function of (seed, step), and the same for any number of processes.
+    """
+    args, context, step = run.args, run.context, run.progress.step
+    rng = np.random.default_rng([args.seed, step])
+    if args.flip:
+        batch = flip(batch, context.shard(torch.from_numpy(rng.random(args.batch_size) < 0.5)))
+    images = batch['image'].to(context.device, non_blocking=True)
+    slots = run.model.slot_attention.initial_slots(args.batch_size, args.num_slots, context.generator(args.seed, step))
+    return images, context.shard(slots), choose_pixels(rng, args.resolution, args.pixel_stride, context.device)
+
+
+def choose_pixels(rng: np.random.Generator, resolution: int, stride: int, device: torch.device) -> Pixels:
+    """Every `stride`-th row and column from random offsets, as tensors: slices would be compiled one by one."""
+    if stride == 1:
+        return ALL_PIXELS
+    return tuple(torch.arange(i, resolution, stride, device=device) for i in rng.integers(stride, size=2).tolist())
+
+
+def optimizer_step(run: Run, is_finite: Tensor) -> None:
+    """Updates the weights; a step whose loss or gradient is not finite changes nothing."""
+    lr = scheduled_lr(run)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        # The flag by which torch's GradScaler makes a fused optimiser skip a step without a synchronisation.
+        optimizer.found_inf = (~is_finite).float()
+        optimizer.step()
 
 
 def learning_rate(
     step: int, lr: float, warmup_steps: int, decay_steps: int, cooldown: float = 0.0, total_steps: int = 0
 ) -> float:
-    """Linear warm-up times exponential decay (paper Appendix E.3): a function of the step alone.
+    """Linear warm-up times exponential decay (paper Appendix E.3), a function of the step.
 
-    In the last `cooldown` (a share) of total_steps it also falls, linearly, to 0.
+    In the last `cooldown` (a share) of total_steps it also falls linearly to 0.
     """
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     decay = 0.5 ** (step / decay_steps) if decay_steps else 1.0
@@ -508,223 +677,281 @@ def learning_rate(
     return lr * warmup * decay * cool
 
 
-def choose_pixels(rng: np.random.Generator, resolution: int, stride: int, device: torch.device) -> Pixels:
-    """Every `stride`-th row and column from random ones on. As tensors, or each offset would be compiled anew."""
-    offsets = rng.integers(stride, size=2)
-    return ALL if stride == 1 else tuple(torch.arange(i, resolution, stride, device=device) for i in offsets.tolist())
+def scheduled_lr(run: Run, offset: int = 0) -> float:
+    """The learning rate of the current step, or of the one `offset` steps away."""
+    args, step = run.args, run.progress.step + offset
+    return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, run.total_steps)
 
 
-@dataclass
-class Run:
-    """A training run: what it consists of, and how it goes on."""
+def log_window(run: Run, window: Tensor) -> str:
+    """Logs the means over the steps since the last point, and returns them as text for the progress bar.
 
-    args: argparse.Namespace
-    place: Place
-    model: SlotAttentionAutoEncoder
-    optimizers: list[torch.optim.Optimizer]
-    loaders: tuple[DataLoader, DataLoader]
-    progress: Progress
-    log: 'Log'
-    stop: Stop
+    window [n, 2]: loss and gradient norm of each step. Raises TrainingError, see train_one_epoch().
+    """
+    progress = run.progress
+    losses, norms = window.double().cpu().T
+    finite = torch.isfinite(losses + norms)
+    lr = scheduled_lr(run, -1)
+    for i, good in enumerate(finite.tolist()):
+        progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
+        if progress.skipped_in_row == MAX_SKIPPED:
+            raise TrainingError(
+                f'{MAX_SKIPPED} consecutive steps had no finite gradient: at step '
+                f'{progress.step - len(window) + i + 1} the loss is {losses[i]:.3g}, the gradient norm {norms[i]:.3g}, '
+                f'the learning rate {lr:.1e}; the last '
+                'checkpoint is unchanged; lower --lr or set --clip 1.0'
+            )
+    seconds, run.clock = time.monotonic() - run.clock, time.monotonic()
+    rate, run.timed = run.timed / seconds, 0
+    progress.seconds += seconds
+    progress.skipped += int((~finite).sum())
+    progress.loss_steps += int(finite.sum())
+    progress.loss_sum += losses[finite].sum().item()
+    if finite.any():
+        run.log.add_scalar('train/loss', losses[finite].mean().item(), progress.step)
+        run.log.add_scalar('train/grad_norm', norms[finite].mean().item(), progress.step)
+    run.log.add_scalar('train/lr', lr, progress.step)
+    run.log.add_scalar('train/skipped_steps', progress.skipped, progress.step)
+    if rate:  # not if these steps were taken before the run was interrupted
+        run.log.add_scalar('system/images_per_second', rate, progress.step)
+    return f'loss {losses.mean():.4f}, {rate:.0f} images/s'
 
-    def __post_init__(self):
-        self.prepared = self.place.prepare(self.model)
-        self.saved_at = time.monotonic()
-        self.failed = False  # the last saving
 
-    def train_epoch(self) -> None:
-        """Train to the end of the present epoch; the last point of its curves is left to validate().
-
-        Raises Stopped when a signal has come, TrainingError after MAX_SKIPPED steps in a row without a
-        finite gradient.
-        """
-        args, progress, loader = self.args, self.progress, self.loaders[0]
-        done = progress.seen // args.batch_size  # which may have changed since
-        self.total_steps = progress.step - done + (args.epochs - progress.epochs) * len(loader)
-        loader.sampler.set_epoch(progress.epochs)
-        self.model.train()
-        # Of the steps since the last point of the curves, on the device: read back every log_every steps.
-        waiting = [torch.tensor(pair, device=self.place.device) for pair in progress.window]
-        self.clock, self.timed = time.monotonic(), 0  # since when, and the steps since then
-        bar = tqdm(
-            total=len(loader), initial=done, desc=f'epoch {progress.epochs + 1}/{args.epochs}', leave=False,
-            disable=None if self.place.rank == 0 else True,
-        )  # fmt: skip
-        with bar:
-            for position, batch in enumerate(itertools.islice(loader, done, None), done + 1):
-                waiting.append(self.train_step(batch))
-                progress.step, progress.seen = progress.step + 1, progress.seen + args.batch_size
-                self.timed += 1
-                bar.update()
-                if progress.step % args.log_every == 0 and position < len(loader):
-                    bar.set_postfix_str(self.log_window(torch.stack(waiting)))
-                    waiting = []
-                signal = self.place.largest(self.stop.signal or 0)  # looked at once: it may come at any moment
-                due = time.monotonic() - self.saved_at > args.save_minutes * 60
-                if signal or due or position == len(loader):
-                    progress.window = torch.stack(waiting).tolist() if waiting else []
-                if signal:
-                    raise Stopped(signal)
-                if due:
-                    self.save('last.pth')
-
-    def train_step(self, batch: dict[str, Tensor]) -> Tensor:
-        """One step; returns loss and gradient norm [2]. Where they are not finite, nothing else changes."""
-        args, place, step = self.args, self.place, self.progress.step
-        lr = self.learning_rate(step)
-        rng = np.random.default_rng([args.seed, step])
-        if args.flip:
-            batch = flip(batch, place.shard(torch.from_numpy(rng.random(args.batch_size) < 0.5)))
-        pixels = rows, columns = choose_pixels(rng, args.resolution, args.pixel_stride, place.device)
-        images = batch['image'].to(place.device, non_blocking=True)
-        # Drawn for the whole batch, so that the noise of an image is the same for any number of processes.
-        slots = self.model.slot_attention.initial_slots(
-            args.batch_size, args.num_slots, place.generator(args.seed, step)
+def save(run: Run, name: str) -> None:
+    """Writes a checkpoint. If that fails, training continues, and the next one is tried."""
+    run.saved_at = time.monotonic()
+    if run.context.rank > 0:
+        return
+    run.log.flush()  # or a kill would lose the points before this checkpoint
+    path = run.args.log_dir / 'checkpoints' / name
+    flags = {name: value for name, value in vars(run.args).items() if is_saved(name)}
+    states = [optimizer.state_dict()['state'] for optimizer in run.optimizers]
+    try:
+        save_checkpoint(
+            path, run.model, args=flags, data=data_of(run.args), progress=asdict(run.progress), optimizers=states
         )
-        with place.autocast():
-            recons = self.prepared(images, pixels, slots=place.shard(slots)).recons
-        loss = F.mse_loss(recons.float(), images[:, :, rows][..., columns])
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip or math.inf)
-        loss = place.mean(loss.detach())
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            # The flag with which torch's GradScaler has a fused optimiser skip a step without a synchronisation.
-            optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
-            optimizer.step()
-        return torch.stack([loss, norm])
+        run.save_failed = False
+        run.log.reopen()
+    except OSError as error:
+        run.save_failed = True
+        print(f'cannot write {path} ({error.strerror}); training continues without it', file=sys.stderr, flush=True)
 
-    def log_window(self, window: Tensor) -> str:
-        """A point of the training curves: means over the steps since the last one, as a text for the bar.
 
-        window [n, 2]: loss and gradient norm of each.
-        """
-        progress, args = self.progress, self.args
-        losses, norms = window.double().cpu().T
-        finite = torch.isfinite(losses + norms)
-        lr = self.learning_rate(progress.step - 1)
-        for i, good in enumerate(finite.tolist()):
-            progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
-            if progress.skipped_in_row == MAX_SKIPPED:
-                step = progress.step - len(window) + i + 1
-                raise TrainingError(
-                    f'{MAX_SKIPPED} steps in a row could not be taken: at step {step} the loss is {losses[i]:.3g}, the '
-                    f'gradient norm {norms[i]:.3g}, the learning rate {lr:.1e}; the last checkpoint is untouched; '
-                    'try a lower --lr or --clip 1.0'
-                )
-        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        rate, self.timed = self.timed * args.batch_size / seconds, 0
-        progress.seconds += seconds
-        progress.skipped += int((~finite).sum())
-        progress.epoch_steps += int(finite.sum())
-        progress.epoch_loss += losses[finite].sum().item()
-        if finite.any():
-            self.log.add_scalar('train/loss', losses[finite].mean().item(), progress.step)
-            self.log.add_scalar('train/grad_norm', norms[finite].mean().item(), progress.step)
-        self.log.add_scalar('train/lr', lr, progress.step)
-        self.log.add_scalar('train/skipped_steps', progress.skipped, progress.step)
-        if rate:  # not where all these steps were taken before the run was stopped
-            self.log.add_scalar('system/images_per_second', rate, progress.step)
-        return f'loss {losses.mean():.4f}, {rate:.0f} images/s'
+# --- Validation ------------------------------------------------------------------------------
 
-    def learning_rate(self, step: int) -> float:
-        args = self.args
-        return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, self.total_steps)
 
-    def validate(self) -> dict[str, float]:
-        """Validate, log and print the epoch that has just ended; returns the scores. Raises Stopped."""
-        progress, place, begun = self.progress, self.place, time.monotonic()
-        scores, figures = evaluate(self.model, self.loaders[1], place, self.stop)
-        self.clock += time.monotonic() - begun  # it measures training
-        if progress.window:  # only now: a checkpoint from before this knows of no point of this step, and replaces all
-            self.log_window(torch.tensor(progress.window))
-        train_loss = progress.epoch_loss / max(progress.epoch_steps, 1)
-        for group, values in (('val', scores), ('slots', figures)):
-            for name, value in values.items():
-                self.log.add_scalar(f'{group}/{name}', value, progress.step)
-        if place.rank == 0:
-            log_figures(self.model, self.loaders[1].dataset, place, self.log, progress.step)
-        summary = '  '.join(f'{SCORES[name]} {scores[name]:.4f}' for name in scores)
-        minutes, rate = progress.seconds / 60, progress.step * self.args.batch_size / max(progress.seconds, 1e-9)
-        self.say(
-            f'epoch {progress.epochs + 1:3d}  {minutes:5.1f} min  train loss {train_loss:.4f}  '
-            f'val {summary}  {rate:.0f} images/s'
+def validate(run: Run) -> dict[str, float]:
+    """Scores the network on the validation images, logs and prints the scores. Raises Interrupted."""
+    progress, context, start = run.progress, run.context, time.monotonic()
+    final = progress.step == run.total_steps
+    scores = evaluate(run.model, run.val_loader, context, run.stop, consistency=final)['network']
+    run.clock += time.monotonic() - start  # it measures training only
+    if progress.window:
+        log_window(run, torch.tensor(progress.window))
+    for name, value in scores.items():
+        run.log.add_scalar(f'{"val" if name in SCORES else "slots"}/{name}', value, progress.step)
+    if context.rank == 0:
+        log_figures(run.model, run.val_loader.dataset, context, run.log, progress.step)
+    summary = '  '.join(f'{title} {scores[name]:.4f}' for name, title in SCORES.items() if name in scores)
+    if not scores['mse'] <= MAX_MSE:
+        raise TrainingError(
+            f'training has diverged: the validation MSE is {scores["mse"]:.3g}; lower --lr or raise --warmup_steps'
         )
-        diagnosis = diagnose(figures)
-        progress.lasting = progress.lasting + 1 if diagnosis == progress.diagnosis else 1
-        progress.diagnosis = diagnosis
-        if diagnosis and progress.lasting == SETTLED:
-            text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {figures[diagnosis]:.2f})'
-            self.say(text)
-            self.log.add_text('diagnosis', text, progress.step)
-        progress.epochs, progress.seen, progress.window = progress.epochs + 1, 0, []
-        progress.epoch_loss, progress.epoch_steps = 0.0, 0
-        return scores
+    context.print0(
+        f'epoch {progress.epochs + 1:3d}  {progress.seconds / 60:5.1f} min  '
+        f'train loss {progress.loss_sum / max(progress.loss_steps, 1):.4f}  val {summary}  '
+        f'{progress.images / max(progress.seconds, 1e-9):.0f} images/s'
+    )
+    diagnosis = diagnose(scores)
+    progress.diagnosis_count = progress.diagnosis_count + 1 if diagnosis == progress.diagnosis else 1
+    progress.diagnosis = diagnosis
+    if diagnosis and progress.diagnosis_count == REPORT_AFTER:
+        text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {scores[diagnosis]:.2f})'
+        context.print0(text)
+        run.log.add_text('diagnosis', text, progress.step)
+    progress.validated, progress.window, progress.loss_sum, progress.loss_steps = progress.step, [], 0.0, 0
+    return scores
 
-    def finish_epoch(self) -> dict[str, float]:
-        """validate(), then write the checkpoints that are due."""
-        scores = self.validate()
-        score = scores.get('fg_ari', -scores['mse'])
-        if score > self.progress.best:
-            self.progress.best = score
-            self.save('best_model.pth')
-        if self.args.save_every and self.progress.epochs % self.args.save_every == 0:
-            self.save(f'checkpoint_epoch_{self.progress.epochs}.pth')
-        self.save('last.pth')
-        return scores
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint; where that fails, say so and go on: the next one is tried again."""
-        self.saved_at = time.monotonic()
-        if self.place.rank > 0:
+@torch.no_grad()
+def evaluate(
+    model: SlotAttentionAutoEncoder,
+    loader: DataLoader,
+    context: DistributedContext,
+    stop: Stop | None = None,
+    num_slots: int | None = None,
+    num_iterations: int | None = None,
+    consistency: bool = False,
+    search: dict | None = None,
+) -> dict[str, dict[str, float]]:
+    """Mean scores over the images of all processes: rows 'network' and, with search, '+ prune' and '+ refine'.
+
+    A row has the SCORES (see segmentation_scores()) and mask_statistics(). attn_fg_ari is the FG-ARI of the last
+    iteration's attention, enlarged to the image. Without masks there are no segmentation scores.
+
+    num_slots, num_iterations  as in SlotAttentionAutoEncoder.encode
+    consistency  adds the ARI of the segmentations from two independent samples of the initial slots, over the
+                 true foreground (without masks: the image): does an object get the same slot again?
+    search       prune_threshold and refine_steps: how the slots of each test image are improved
+
+    Raises Interrupted if `stop` got a signal.
+    """
+    model.eval()
+    batch_size = loader.batch_size * context.world_size
+    rows = defaultdict(lambda: defaultdict(list))
+
+    def run_model(images: Tensor, *key: int) -> tuple[Tensor, SlotAttentionOutput]:
+        slots = model.slot_attention.initial_slots(
+            batch_size, num_slots or model.config.num_slots, context.generator(0, *key)
+        )
+        slots = context.shard(slots)[: len(images)]
+        return slots, model(images, slots=slots, num_iterations=num_iterations)
+
+    def score(row: str, images: Tensor, labels: Tensor | None, recons: Tensor, masks: Tensor) -> None:
+        values = {'mse': (recons.float() - images).square().mean((1, 2, 3))}
+        values |= {} if labels is None else segmentation_scores(labels, masks)
+        for name, value in (values | mask_statistics(masks, labels)).items():
+            rows[row][name].append(value.double().cpu())
+
+    def score_batch(images: Tensor, labels: Tensor | None, i: int) -> None:
+        initial, output = run_model(images, i, 0)
+        score('network', images, labels, output.recons, output.masks)
+        if labels is not None:
+            attn = F.interpolate(output.attn[:, -1].float(), labels.shape[1:], mode='bilinear')
+            rows['network']['attn_fg_ari'].append(fg_ari(labels, attn).cpu())
+        if consistency:
+            found, again = segmentation(output.masks), segmentation(run_model(images, i, 1)[1].masks)
+            where = None if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
+            rows['network']['consistency'].append(adjusted_rand_index(found, again, where).cpu())
+        if search is None:
             return
-        self.log.flush()  # or the points before this checkpoint would be lost to a kill
-        path = self.args.log_dir / 'checkpoints' / name
-        states = [optimizer.state_dict()['state'] for optimizer in self.optimizers]
-        try:
-            save_checkpoint(
-                path, self.model, args=self.flags(), data=data_of(self.args), progress=asdict(self.progress),
-                optimizers=states,
-            )  # fmt: skip
-            self.failed = False
-            self.log.reopen()
-        except OSError as error:
-            self.failed = True
-            print(f'cannot write {path} ({error.strerror}); training goes on without', file=sys.stderr, flush=True)
+        slots, slot_mask = prune_and_reseed(model, images, initial, search['prune_threshold'])
+        for row in ('+ prune', '+ refine'):
+            if row == '+ refine':
+                slots = refine(model, images, slots, slot_mask, search['refine_steps'])
+            rgbs, masks = decode_partial(model, slots, slot_mask=slot_mask)
+            score(row, images, labels, (rgbs * masks).sum(1), masks)
 
-    def flags(self) -> dict[str, int | float | str]:
-        """The flags that make the run what it is; they travel in the checkpoint."""
-        values = {name: getattr(self.args, name) for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS}
-        return {name: value if isinstance(value, int | float) else str(value) for name, value in values.items()}
+    batches = iter(loader)
+    for i in range(math.ceil(len(loader.dataset) / batch_size)):
+        if (batch := next(batches, None)) is not None:  # a process may have no part of the last batch
+            batch = {name: values.to(context.device, non_blocking=True) for name, values in batch.items()}
+            with context.autocast():
+                score_batch(batch['image'], batch.get('mask'), i)
+        if stop is not None:
+            stop.check(context)
+    return mean_rows(rows, context)
 
-    def say(self, text: str) -> None:
-        if self.place.rank == 0:
-            print(text, flush=True)
+
+def mean_rows(rows: dict[str, dict[str, list[Tensor]]], context: DistributedContext) -> dict[str, dict[str, float]]:
+    """Per-image values of all processes -> their means, without NaN."""
+    parts = context.gather({row: {name: torch.cat(v) for name, v in values.items()} for row, values in rows.items()})
+    return {
+        row: {
+            name: torch.cat([part[row][name] for part in parts if name in part.get(row, {})]).nanmean().item()
+            for name in values
+        }
+        for row, values in parts[0].items()
+    }
+
+
+def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Statistics that show how the slots fail, of each image, [B] each.
+
+    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; `missed` and `split` need labels.
+
+    mask_entropy  mean entropy of the masks at a pixel of the true foreground (without labels: of the image), as a
+                  share of log K; 1: all slots share everything
+    sameness      ARI with the segmentation of the next image; 1: the masks do not depend on the image. Needs
+                  two images
+    largest_slot  share of the true foreground (without labels: of the image) in the slot with most of it; NaN
+                  for an image with one object, where it should be 1
+    missed        share of the objects that lie mostly in the background's slot
+    split         share of the foreground in neither the background's slot nor the main slot of its object
+    """
+    found = segmentation(masks)
+    where = torch.ones_like(found, dtype=torch.bool) if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
+    entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(max(masks.shape[1], 2))
+    area = where.sum((1, 2))
+    counted = None if labels is None else labels != IGNORE_LABEL
+    table = contingency_table(where.long() if labels is None else labels.where(counted, 0), found, counted).double()
+    objects = table[:, 1:]  # [B, objects, slots]
+    statistics = {
+        'mask_entropy': (entropy * where).sum((1, 2)) / area,
+        'largest_slot': objects.sum(1).amax(1) / area,
+    }
+    if len(found) > 1:
+        statistics['sameness'] = adjusted_rand_index(found, found.roll(1, dims=0))
+    if labels is not None:
+        visible = objects.sum(2) > 0  # [B, objects]
+        statistics['largest_slot'].masked_fill_(visible.sum(1) < 2, math.nan)
+        background = table[:, :1].argmax(dim=2)  # [B, 1]
+        statistics['missed'] = ((objects.argmax(2) == background) & visible).sum(1) / visible.sum(1)
+        elsewhere = objects * (torch.arange(objects.shape[2], device=objects.device) != background)[:, None]
+        statistics['split'] = (elsewhere.sum(2) - elsewhere.amax(2)).sum(1) / area
+    return statistics
+
+
+def diagnose(statistics: dict[str, float]) -> str:
+    """The first of DIAGNOSES that the means of mask_statistics() show, '' if there is none.
+
+    Without labels the largest slot is the background's, which may be large: only a share of 0.999 is a failure.
+    """
+    for name, (limit, _) in DIAGNOSES.items():
+        if name == 'largest_slot' and 'missed' not in statistics:
+            limit = 0.999
+        if statistics.get(name, -math.inf) > limit:
+            return name
+    return ''
+
+
+@torch.no_grad()
+def log_figures(
+    model: SlotAttentionAutoEncoder, dataset: Dataset, context: DistributedContext, log: 'Log', step: int
+) -> None:
+    """Logs figures of the first validation images, and a histogram of the slots' shares of up to 64 images.
+
+    The images and the noise are the same at every step, so TensorBoard's slider shows how the slots develop.
+    """
+    model.eval()
+    batch = dataset.__getitems__(list(range(min(64, len(dataset)))))
+    batch = {name: values.to(context.device) for name, values in batch.items()}
+    with context.autocast():
+        output = model(batch['image'], generator=context.generator(0))
+        log.add_histogram('slots/mask_size', output.masks.float().mean((2, 3, 4)), step)
+        recons, masks, slots, attn = (values[:6] for values in output)
+        rgbs, _ = model.decode(slots)
+    images, labels = batch['image'][:6], batch['mask'][:6] if 'mask' in batch else None
+    decomposition = visualize_slots(images, recons, masks, rgbs=rgbs, labels=labels)
+    attention = visualize_attention_evolution(attn, images=images)
+    for name, figure in (('decomposition', decomposition), ('attention', attention)):
+        figure.set_facecolor('white')  # TensorBoard drops transparency, which roughens the text
+        log.add_figure(f'slots/{name}', figure, step)
+
+
+# --- Logging ---------------------------------------------------------------------------------
 
 
 class Writer(SummaryWriter):
     def add_hparams(self, flags: dict, scores: dict[str, float]) -> None:
-        """As SummaryWriter's, but in this run and without points: TensorBoard takes the last ones of the curves."""
+        """Adds the flags to this run, not to a run of their own; the scores are the last points of their curves."""
         for summary in hparams(flags, scores):
             self.file_writer.add_summary(summary)
 
 
 class Log:
-    """A Writer of the first process only, which a full disk silences but does not break.
+    """A SummaryWriter in the main process only; a full disk silences it but does not end the run.
 
-    Points of an earlier part of the run from `first_step` on are replaced: those that a killed one wrote
-    after its checkpoint.
+    Points at or after `first_step` that an earlier, killed part of the run wrote are replaced.
     """
 
-    def __init__(self, log_dir: Path, first_step: int, place: Place):
+    def __init__(self, log_dir: Path, first_step: int, context: DistributedContext):
         self.log_dir, self.failed = log_dir, False
         threading.excepthook = self.excepthook
-        self.writer = Writer(log_dir, purge_step=first_step) if place.rank == 0 else None
+        self.writer = Writer(log_dir, purge_step=first_step) if context.rank == 0 else None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """add_scalar(), add_figure(), flush() ... of the writer."""
+        """add_scalar(), add_figure(), flush(), ... of the writer."""
 
         def call(*args, **kwargs) -> None:
             if self.writer is None or self.failed:
@@ -734,153 +961,24 @@ class Log:
             except OSError as error:
                 self.failed = True
                 print(
-                    f'cannot write TensorBoard files ({error.strerror}); training goes on', file=sys.stderr, flush=True
+                    f'cannot write TensorBoard files ({error.strerror}); training continues',
+                    file=sys.stderr,
+                    flush=True,
                 )
 
         return call
 
     @staticmethod
     def excepthook(args) -> None:
-        """The writer's thread hands its OSError on to the next call; it need not print a traceback too."""
+        """The writer's thread passes its OSError to the next call, so its own traceback is not printed."""
         if not issubclass(args.exc_type, OSError):
             threading.__excepthook__(args)
 
     def reopen(self) -> None:
-        """Try again, in a new file, where writing has failed."""
+        """Tries again, in a new file, after a failure."""
         if self.failed:
-            with contextlib.suppress(OSError):  # it was said before
+            with contextlib.suppress(OSError):
                 self.writer, self.failed = Writer(self.log_dir), False
-
-
-def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """Figures that tell whether, and how, the slots went wrong; each of every image, [B].
-
-    mask_entropy  of the slots at a pixel, mean over the true foreground (without labels: all
-                  pixels), as a share of log K; 1: all slots share everything
-    sameness      ARI with the segmentation of the next image, which has nothing to do with it;
-                  1: the masks do not depend on the image; only for two images or more
-    largest_slot  share of the true foreground (without labels: of the image) of the slot that holds
-                  most of it; NaN for an image with one object, where it ought to be 1
-    missed        share of the objects most of which lies in the slot of the background
-    split         share of the foreground in neither that slot nor its object's main slot
-
-    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; the last two need labels.
-    """
-    found = segmentation(masks)
-    where = torch.ones_like(found) if labels is None else labels > 0
-    table = contingency_table(where.long() if labels is None else labels, found).double()  # [B, labels, slots]
-    objects = table[:, 1:]
-    area = objects.sum((1, 2))
-    entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(max(masks.shape[1], 2))
-    statistics = {
-        'mask_entropy': (entropy * where).sum((1, 2)) / area,
-        'largest_slot': objects.sum(1).amax(1) / area,
-    }
-    if len(found) > 1:
-        statistics['sameness'] = adjusted_rand_index(found, found.roll(1, dims=0))
-    if labels is not None:
-        in_sight = objects.sum(2) > 0
-        statistics['largest_slot'].masked_fill_(in_sight.sum(1) < 2, math.nan)
-        background = table[:, :1].argmax(dim=2)  # [B, 1]
-        statistics['missed'] = ((objects.argmax(2) == background) & in_sight).sum(1) / in_sight.sum(1)
-        elsewhere = objects * (torch.arange(objects.shape[2], device=objects.device) != background)[:, None]
-        statistics['split'] = (elsewhere.sum(2) - elsewhere.amax(2)).sum(1) / area
-    return statistics
-
-
-def diagnose(figures: dict[str, float]) -> str:
-    """The first of DIAGNOSES that the means of mask_statistics() show, '' for none.
-
-    Without labels the largest slot is the background's, and rightly large: only all of it counts.
-    """
-    for figure, (limit, _) in DIAGNOSES.items():
-        if figure == 'largest_slot' and 'missed' not in figures:
-            limit = 0.999
-        if figures.get(figure, -math.inf) > limit:
-            return figure
-    return ''
-
-
-@torch.no_grad()
-def evaluate(
-    model: SlotAttentionAutoEncoder,
-    loader: DataLoader,
-    place: Place,
-    stop: Stop | None = None,
-    num_slots: int | None = None,
-    num_iterations: int | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Means over the images of all processes: the SCORES (see segmentation_scores()), and mask_statistics().
-
-    The attention's FG-ARI is that of the last iteration's maps, enlarged to the image.
-
-    Consistency asks whether an object is given the same slot again: the ARI of the segmentations
-    from two independent slot initialisations, over the true foreground (over the whole image
-    where there are no masks; then the other segmentation scores are left out). Learned slots have
-    one initialisation only. num_slots and num_iterations: as in SlotAttention.forward. Raises Stopped
-    when a signal has come to `stop`.
-    """
-    model.eval()
-    scores = {}
-    batch_size = loader.batch_size * place.world_size
-
-    def see(images: Tensor, *key: int) -> SlotAttentionOutput:
-        slots = model.slot_attention.initial_slots(
-            batch_size, num_slots or model.config.num_slots, place.generator(0, *key)
-        )
-        with place.autocast():
-            return model(images, slots=place.shard(slots)[: len(images)], num_iterations=num_iterations)
-
-    def score(batch: dict[str, Tensor], i: int) -> None:
-        batch = {name: values.to(place.device, non_blocking=True) for name, values in batch.items()}
-        images, labels = batch['image'], batch.get('mask')
-        first = second = see(images, i, 0)
-        if model.config.slot_init == 'gaussian':
-            second = see(images, i, 1)
-        found = {'mse': (first.recons.float() - images).square().mean((1, 2, 3))}
-        if labels is not None:
-            found |= segmentation_scores(labels, first.masks)
-            attn = F.interpolate(first.attn[:, -1].float(), labels.shape[1:], mode='bilinear')
-            found['attn_fg_ari'] = fg_ari(labels, attn)
-        found['consistency'] = adjusted_rand_index(
-            segmentation(first.masks), segmentation(second.masks), None if labels is None else labels > 0
-        )
-        found |= mask_statistics(first.masks, labels)
-        for name, values in found.items():
-            scores.setdefault(name, []).append(values.double().cpu())
-
-    batches = iter(loader)
-    for i in range(math.ceil(len(loader.dataset) / batch_size)):  # of the last, a process may have no part
-        if (batch := next(batches, None)) is not None:
-            score(batch, i)
-        if stop is not None and (signal := place.largest(stop.signal or 0)):
-            raise Stopped(signal)
-    parts = place.gather({name: torch.cat(values) for name, values in scores.items()})
-    means = {name: torch.cat([part[name] for part in parts if name in part]).nanmean().item() for name in parts[0]}
-    return {name: means.pop(name) for name in SCORES if name in means}, means
-
-
-@torch.no_grad()
-def log_figures(model: SlotAttentionAutoEncoder, dataset: Dataset, place: Place, log: Log, step: int) -> None:
-    """The same few images at every step, so that TensorBoard's slider shows their slots emerge.
-
-    The histogram is of the slots' shares of the image, of up to 64 images: one slot for each object
-    gives a peak at 0, the empty slots, one at the size of objects, and one of the backgrounds.
-    """
-    model.eval()
-    batch = dataset.__getitems__(list(range(min(64, len(dataset)))))
-    batch = {name: values.to(place.device) for name, values in batch.items()}
-    with place.autocast():
-        output = model(batch['image'], generator=place.generator(0))
-        log.add_histogram('slots/mask_size', output.masks.float().mean((2, 3, 4)), step)
-        recons, masks, slots, attn = (values[:6] for values in output)
-        rgbs, _ = model.decode(slots)
-    images, labels = batch['image'][:6], batch['mask'][:6] if 'mask' in batch else None
-    decomposition = visualize_slots(images, recons, masks, rgbs=rgbs, labels=labels)
-    attention = visualize_attention_evolution(attn, images=images)
-    for name, figure in (('decomposition', decomposition), ('attention', attention)):
-        figure.set_facecolor('white')  # TensorBoard would drop what is transparent, and roughen the text
-        log.add_figure(f'slots/{name}', figure, step)
 
 
 # --- Runs ------------------------------------------------------------------------------------
@@ -888,13 +986,13 @@ def log_figures(model: SlotAttentionAutoEncoder, dataset: Dataset, place: Place,
 
 @contextlib.contextmanager
 def locked(log_dir: Path) -> Iterator[None]:
-    """The folder, made if need be, is this run's alone. Raises ConfigError when it cannot be."""
+    """Creates the folder and locks it for this run. Raises ConfigError if that is not possible."""
     with contextlib.ExitStack() as stack:
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(log_dir / '.lock', 'a'))
             if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however a run ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a run ends
         except BlockingIOError:
             raise ConfigError(f'another run is writing to {log_dir}; choose another --log_dir') from None
         except OSError as error:
@@ -903,195 +1001,239 @@ def locked(log_dir: Path) -> Iterator[None]:
 
 
 def open_log_dir(log_dir: Path, resume: Path | None) -> None:
-    """Make the folder of the checkpoints; a new run moves an earlier one aside.
+    """Creates the folder of the checkpoints; a new run moves an earlier one to log_dir/run_N.
 
-    Raises ConfigError when the folder cannot be written.
+    Raises ConfigError if the folder is not writable.
     """
     checkpoints = log_dir / 'checkpoints'
     try:
         checkpoints.mkdir(exist_ok=True)
-        for leftover in checkpoints.glob('.*.pth.*'):  # of a run that was killed while it was saving
+        for leftover in checkpoints.glob('.*.pth.*'):  # of a run that was killed while it saved
             leftover.unlink()
         if resume is None or resume.resolve().parent != checkpoints.resolve():
             earlier = list(log_dir.glob('events.out.tfevents.*'))
             if earlier or any(checkpoints.iterdir()):
-                aside = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
-                aside.mkdir()
+                target = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
+                target.mkdir()
                 for path in (*earlier, checkpoints):
-                    shutil.move(path, aside)
+                    shutil.move(path, target)
                 checkpoints.mkdir()
-                print(f'the earlier run in {log_dir} is now in {aside}')
+                print(f'the earlier run in {log_dir} is now in {target}')
         tempfile.TemporaryFile(dir=checkpoints).close()
     except OSError as error:
         raise ConfigError(f'cannot write to {checkpoints} ({error.strerror}); choose another --log_dir') from error
 
 
-def newest_run(log_dir: Path) -> Path | None:
-    """--resume auto: the newest checkpoint of a run that can be read, None where there is none; others are named."""
+def find_checkpoint(path: Path) -> Path:
+    """The last.pth of the folder of a run, or of its checkpoints. Raises CheckpointError if there is none."""
+    found = [file for file in (path / 'last.pth', path / 'checkpoints' / 'last.pth') if file.is_file()]
+    if not found:
+        raise CheckpointError(f'no checkpoint at {path}')
+    return found[0]
+
+
+def newest_checkpoint(log_dir: Path) -> Path | None:
+    """The newest readable checkpoint of the run in log_dir, None if there is none; unreadable ones are named."""
     checkpoints = log_dir / 'checkpoints'
     for path in sorted(checkpoints.glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            load_run(path)
+            load_flags(path)
             return path
         except CheckpointError as error:
             print(f'{error}; trying an older one', file=sys.stderr)
-    print(f'no checkpoint to go on from in {checkpoints}: a new run')
+    print(f'no checkpoint to continue in {checkpoints}: starting a new run')
     return None
 
 
-def load_run(path: Path) -> dict:
-    """As load_checkpoint(), but 'progress' as a Progress, and 'args' as settle() takes them.
-
-    Raises CheckpointError also where there is a model, but no run to go on with.
-    """
+def load_flags(path: Path) -> dict:
+    """The flags of the run that wrote a checkpoint. Raises CheckpointError if it was not written by a run."""
     checkpoint = load_checkpoint(path)
-    training = checkpoint['training']
-    if not {'args', 'progress', 'optimizers'} <= training.keys():
+    if 'args' not in checkpoint['training']:
         raise CheckpointError(f'{path} holds a model but no training state: it cannot be resumed or scored')
-    flags, progress = training['args'], training['progress']
-    if not isinstance(flags, dict) or not isinstance(progress, dict):
-        raise CheckpointError(f'{path} is damaged: its training state is none')
-    missing = [name for name in MODEL_FLAGS + DATA_FLAGS + OPTIMISATION_FLAGS if name not in flags]
-    missing += [field.name for field in fields(Progress) if field.name not in progress]
-    if missing:
-        raise CheckpointError(f'{path} is of another version: it does not say {", ".join(missing)}')
-    for name, value in asdict(Progress()).items():
-        found = progress[name]
-        pairs = name == 'window' and isinstance(found, list) and all(same_form(pair, [0.0, 0.0]) for pair in found)
-        if not (pairs or same_form(found, value)) or (isinstance(found, int) and found < 0):
-            raise CheckpointError(f'{path} is damaged: its {name} is {str(found).splitlines()[:1]}')
-    try:  # what the command line would refuse, a checkpoint may not bring
-        flags = create_parser(exit_on_error=False).parse_args([f'--{name}={value}' for name, value in flags.items()])
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise CheckpointError(f'{path} is damaged: {str(error).splitlines()[:1]}') from error
-    if asdict(checkpoint['config']) != {name: getattr(flags, name) for name in MODEL_FLAGS}:
-        raise CheckpointError(f'{path} is damaged: its model is not the one of its flags')
-    training['args'], training['progress'] = vars(flags), Progress(**progress)
-    return checkpoint
+    flags = vars(create_parser().parse_args([]))
+    try:
+        check_types(checkpoint['training']['args'], {name: flags[name] for name in flags if is_saved(name)})
+    except Exception as error:
+        raise damaged(path, error) from error
+    return asdict(checkpoint['config']) | checkpoint['training']['args']
+
+
+def is_saved(flag: str) -> bool:
+    """Whether a flag is saved with the training state."""
+    return flag not in NOT_SAVED and flag not in MODEL_FLAGS
+
+
+def check_types(values: dict, like: dict) -> None:
+    """Raises TypeError unless `values` has the keys of `like`, with values of the same types."""
+    if {name: type(value) for name, value in values.items()} != {name: type(value) for name, value in like.items()}:
+        raise TypeError('other fields or types than expected')
+
+
+def restore_training(run: Run, training: dict, path: Path) -> None:
+    """Gives a run the progress and the optimiser states of a checkpoint. Raises CheckpointError."""
+    try:
+        check_types(training['progress'], asdict(Progress()))
+        run.progress = Progress(**training['progress'])
+        torch.tensor(run.progress.window).reshape(-1, 2)
+        for optimizer, state in zip(run.optimizers, training['optimizers'], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
+            check_optimizer_state(optimizer)
+    except Exception as error:
+        raise damaged(path, error) from error
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raises TypeError unless every parameter has its moments, in its shape: torch's fused step would crash."""
+    names = ('momentum',) if isinstance(optimizer, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
+    for p in (p for group in optimizer.param_groups for p in group['params']):
+        shapes = {name: value.shape for name, value in optimizer.state[p].items()}
+        if shapes != {name: torch.Size() if name == 'step' else p.shape for name in names}:
+            raise TypeError('the optimiser state does not fit the model')
 
 
 def data_of(args: argparse.Namespace) -> dict:
-    """What create_dataset() needs to give the same images again."""
+    """The arguments of create_dataset() that describe the data."""
     return dict(
         dataset_type=args.dataset, resolution=args.resolution, max_objects=args.max_objects,
         min_objects=args.min_objects, seed=args.data_seed, data_dir=args.data_dir, variant=args.variant,
     )  # fmt: skip
 
 
-def evaluate_checkpoint(args: argparse.Namespace, checkpoint: dict, place: Place) -> int:
-    """--eval: print the scores of a checkpoint on the test split as a table; returns the exit status."""
-    config = replace(checkpoint['config'], slot_worth=args.slot_worth, refine_steps=args.refine_steps)
-    checkpoint = checkpoint | {'config': config}
-    model = build_model(checkpoint, args.resume).to(place.device)
-    with place.first():
+def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -> int:
+    """--eval: prints the scores of a checkpoint on the test split as a table; returns the exit status."""
+    checkpoint = load_checkpoint(args.resume)
+    model = context.place(build_model(checkpoint, args.resume))
+    with context.main_process_first():
         test = create_dataset(split='test', size=args.val_size, **data_of(args))
-    loader = wrap_in_loader(test, 32 * place.world_size, False, rank=place.rank, world_size=place.world_size)
-    scores, figures = evaluate(model, loader, place, num_slots=args.num_slots, num_iterations=args.num_iterations)
-    if place.rank == 0:
-        print(f'{args.resume}, step {checkpoint["training"]["progress"].step}')
-        print(f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n')
-        print('  '.join(f'{SCORES[name]:>11}' for name in scores))
-        print('  '.join(f'{value:11.4f}' for value in scores.values()))
-        if diagnosis := diagnose(figures):
-            print(DIAGNOSES[diagnosis][1], file=sys.stderr)
+    loader = wrap_in_loader(test, 32 * context.world_size, False, rank=context.rank, world_size=context.world_size)
+    search = dict(prune_threshold=args.prune_threshold, refine_steps=args.refine_steps) if args.search else None
+    with Stop() as stop:
+        rows = evaluate(model, loader, context, stop, args.num_slots, args.num_iterations, True, search)
+    names = [name for name in SCORES if name in rows['network']]
+    context.print0(
+        f'{args.resume}, step {checkpoint["training"]["progress"]["step"]}\n'
+        f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n\n'
+        + ' ' * 10 + ''.join(f'{SCORES[name]:>13}' for name in names)
+    )  # fmt: skip
+    for row, scores in rows.items():
+        cells = (f'{scores[name]:13.4f}' if name in scores else f'{"":13}' for name in names)
+        context.print0(f'{row:10}{"".join(cells)}')
+    if args.search:
+        context.print0('\n+ prune and + refine look at each test image again: they are no scores of the network')
+    if (diagnosis := diagnose(rows['network'])) and context.rank == 0:
+        print(DIAGNOSES[diagnosis][1], file=sys.stderr)
     return 0
 
 
-def create_run(args: argparse.Namespace, checkpoint: dict | None, place: Place, stop: Stop) -> Run:
-    """A run, new or as it was when the checkpoint was written. Raises what main() reports."""
+def create_run(args: argparse.Namespace, context: DistributedContext, stop: Stop) -> Run:
+    """A run, new or as it was when --resume was written. Raises the errors that main() prints."""
     torch.manual_seed(args.seed)
-    config = ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS})
-    model = SlotAttentionAutoEncoder(config) if checkpoint is None else build_model(checkpoint, args.resume)
-    model = model.to(place.device, memory_format=torch.channels_last)
-    optimizers, progress = create_optimizers(model, args.optimizer), Progress()
-    if checkpoint is not None:
-        progress = checkpoint['training']['progress']
-        load_optimizers(optimizers, checkpoint['training']['optimizers'], args.resume)
-    with place.first():  # it may have to be prepared
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+    if checkpoint is None:
+        model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+    else:
+        model = build_model(checkpoint, args.resume)
+    model = context.place(model)
+    with context.main_process_first():  # the data may have to be prepared
         loaders = create_dataloader(
             args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
             args.train_size or None, args.val_size, args.seed, args.data_seed, args.num_workers,
-            place.device.type == 'cuda', args.data_dir, args.variant, place.rank, place.world_size,
+            context.device.type == 'cuda', args.data_dir, args.variant, context.rank, context.world_size,
         )  # fmt: skip
-    return Run(args, place, model, optimizers, loaders, progress, log=None, stop=stop)
+    optimizers = create_optimizers(model, args.optimizer)
+    run = Run(args, context, model, context.wrap(ReconstructionLoss(model)), optimizers, *loaders, Progress(), stop)
+    if checkpoint is not None:
+        restore_training(run, checkpoint['training'], args.resume)
+    run.total_steps = total_steps(args, run.progress, len(run.train_loader))
+    return run
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict], path: Path) -> None:
-    """Give each the state that it had. Raises CheckpointError where it does not fit: torch would crash in a step."""
-    try:
-        for optimizer, state in zip(optimizers, states, strict=True):
-            for group in optimizer.param_groups:
-                for p in group['params']:
-                    p.grad = torch.zeros_like(p)
-            optimizer.step()  # nothing moves without a gradient, but the state takes its form
-            expected = optimizer.state_dict()
-            optimizer.load_state_dict(expected | {'state': state})
-            if not same_form(optimizer.state_dict()['state'], expected['state']):
-                raise ValueError('other keys, types or shapes')
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f'{path}: the state of the optimiser does not fit the model') from error
+def total_steps(args: argparse.Namespace, progress: Progress, steps_per_epoch: int) -> int:
+    """Length of the run in steps; --batch_size may have changed when it was resumed."""
+    begin_of_epoch = progress.step - progress.seen // args.batch_size
+    return args.steps or begin_of_epoch + (args.epochs - progress.epochs) * steps_per_epoch
 
 
-def train(args: argparse.Namespace, checkpoint: dict | None, place: Place) -> int:
-    """A whole run, new or resumed; returns the exit status."""
+def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
+    """Counts the epoch, keeps the best model and writes the checkpoints that are due."""
+    args, progress = run.args, run.progress
+    complete = progress.seen >= len(run.train_loader) * args.batch_size
+    if complete:
+        progress.epochs, progress.seen = progress.epochs + 1, 0
+    if scores is not None:
+        fg_ari = scores.get('fg_ari', math.nan)
+        # Without a segmentation score the best model is the one with the lowest MSE, which also decides ties.
+        candidate = [-scores['mse'] if math.isnan(fg_ari) else fg_ari, -scores['mse']]
+        if candidate > progress.best:
+            progress.best = candidate
+            save(run, 'best_model.pth')
+        save(run, 'last.pth')
+    if complete and args.save_every and progress.epochs % args.save_every == 0:
+        save(run, f'checkpoint_epoch_{progress.epochs}.pth')
+
+
+def train(args: argparse.Namespace, context: DistributedContext) -> int:
+    """Trains from the start or from a checkpoint to the end of the run; returns the exit status."""
     with contextlib.ExitStack() as stack:
         stop = Stop()
-        run = create_run(args, checkpoint, place, stop)
+        run = create_run(args, context, stop)
         progress = run.progress
-        if progress.epochs >= args.epochs:
-            if args.auto:  # a loop around this command is to end well
-                run.say(f'{args.resume} is the end of its run of {args.epochs} epochs: nothing left to do')
+        if progress.step >= run.total_steps and progress.validated == progress.step:
+            end = f'{args.resume} is the end of a run of {progress.step} steps, {progress.epochs} epochs'
+            if args.auto:  # a loop around this command shall end with status 0
+                context.print0(f'{end}: nothing left to do')
                 return 0
-            raise ConfigError(
-                f'{args.resume} has {progress.epochs} epochs behind it: --epochs {args.epochs} leaves none to do'
-            )
-        if place.rank == 0:
+            raise ConfigError(f'{end}; give a larger --steps or --epochs to continue')
+        if context.rank == 0:
             stack.enter_context(locked(args.log_dir))
             open_log_dir(args.log_dir, args.resume)
-        run.log = Log(args.log_dir, progress.step - len(progress.window) + 1, place)
+        run.log = Log(args.log_dir, progress.step - len(progress.window) + 1, context)
         stack.callback(run.log.close)
         stack.enter_context(stop)
         parameters = sum(p.numel() for p in run.model.parameters())
-        run.say(f'{args.architecture} model of {parameters:,} parameters on {place}')
-        run.say(f'{args.dataset}: {run.loaders[0].dataset}')
-        run.say(f'watch it with: tensorboard --logdir {args.log_dir}')
+        context.print0(f'{args.architecture} model with {parameters:,} parameters on {context}')
+        context.print0(f'{args.dataset}: {run.train_loader.dataset}')
+        context.print0(f'{run.total_steps:,} steps of {args.batch_size} images, {len(run.train_loader):,} per epoch')
+        context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
         table = ['|flag|value|', '|-|-|', *(f'|{name}|{value}|' for name, value in vars(args).items())]
         run.log.add_text('configuration', '\n'.join(table))
-        last = args.log_dir / 'checkpoints' / 'last.pth'
+        checkpoints = args.log_dir / 'checkpoints'
+        run.saved_at = time.monotonic()
         try:
-            while progress.epochs < args.epochs:
-                run.train_epoch()
-                scores = run.finish_epoch()
-        except Stopped as stopped:
-            run.save('last.pth')
-            if not run.failed:
-                run.say(f'stopped at step {progress.step}; to go on: python train.py --resume {last}')
-            return 128 + stopped.args[0]
-        run.log.add_hparams(run.flags(), {f'val/{name}': value for name, value in scores.items()})
-        run.say(f'best validation score {progress.best:.4f}: {last.with_name("best_model.pth")}')
-        return int(run.failed)  # a run whose end could not be saved has not gone well
+            for epoch in range(progress.epochs, run.num_epochs):
+                train_one_epoch(run, epoch)
+                scores = validate(run) if run.validates_after(epoch) else None
+                finish_epoch(run, scores)
+        except Interrupted as interrupted:
+            save(run, 'last.pth')
+            if not run.save_failed:
+                last = shlex.quote(str(checkpoints / 'last.pth'))
+                context.print0(f'interrupted at step {progress.step}; to continue: python train.py --resume {last}')
+            return 128 + interrupted.args[0]
+        flags = {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+        run.log.add_hparams(flags, {f'val/{name}': value for name, value in scores.items() if name in SCORES})
+        if (checkpoints / 'best_model.pth').exists():
+            name, value = ('FG-ARI', progress.best[0]) if progress.best[0] > 0 else ('MSE', -progress.best[1])
+            context.print0(f'best validation {name} {value:.4f}: {checkpoints / "best_model.pth"}')
+        return int(run.save_failed)  # 1 if the final checkpoint could not be written
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train or score as asked; returns the exit status. A user's mistake becomes one line and a 2."""
+    """Trains or evaluates; returns the exit status. A user's mistake gives one line and status 2."""
     try:
-        place = Place.choose(args.device, args.amp, args.compile and not args.eval)  # which has no step to compile
-        args.auto = str(args.resume) == 'auto'
-        if args.auto:
-            with place.first():
-                found = newest_run(args.log_dir or Path('logs')) if place.rank == 0 else None
-            args.resume = place.gather(found)[0]
-        checkpoint = None if args.resume is None else load_run(args.resume)
-        args = settle(args, checkpoint and checkpoint['training']['args'])
-        status = (evaluate_checkpoint if args.eval else train)(args, checkpoint, place)
-        if place.world_size > 1:
+        context = DistributedContext.create(args.device, args.amp, args.compile)
+        status = (evaluate_checkpoint if args.eval else train)(args, context)
+        if context.world_size > 1:
             dist.destroy_process_group()
         return status
     except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        print('interrupted', file=sys.stderr)
+        return 128 + interrupted.args[0]
     except KeyboardInterrupt:
-        print('interrupted before the first step: nothing to save', file=sys.stderr)
+        print('interrupted before the first step: there is nothing to save', file=sys.stderr)
         return 130
 
 

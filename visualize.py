@@ -48,7 +48,6 @@ from slot_attention import (
     build_model,
     fg_ari,
     load_checkpoint,
-    same_form,
     segmentation,
 )
 
@@ -691,7 +690,7 @@ def open_job(path: Path | None, args: argparse.Namespace) -> tuple[int, Job]:
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path)
     data, progress = (checkpoint['training'].get(name) for name in ('data', 'progress'))
-    if not same_form(data, DATA) or data['resolution'] != model.config.resolution:
+    if not isinstance(data, dict) or data.keys() != DATA.keys():
         raise CheckpointError(f'{path} does not say what data it was trained on; call the functions from Python')
     if args.data_dir is not None:
         data = data | {'data_dir': str(args.data_dir)}
