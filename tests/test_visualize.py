@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import visualize
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, save_checkpoint
+from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, prune_and_reseed, refine, save_checkpoint
 from visualize import visualize_attention_evolution, visualize_slot_decomposition, visualize_slots
 
 
@@ -229,7 +230,7 @@ def test_slots_are_put_in_the_order_of_others():
     masks, rgbs = torch.randn(2, 4, 1, 16, 16).mul(3).softmax(1), torch.rand(2, 4, 3, 16, 16)
     orders = torch.tensor([[2, 0, 3, 1], [3, 1, 0, 2]])[:, :, None, None, None]
     mixed = masks.take_along_dim(orders, 1), rgbs.take_along_dim(orders, 1)
-    for mended, right in zip(visualize.in_order_of(masks, *mixed), (masks, rgbs), strict=True):
+    for mended, right in zip(visualize.reorder_slots(masks, *mixed), (masks, rgbs), strict=True):
         torch.testing.assert_close(mended, right, rtol=0, atol=0)
 
 
@@ -249,16 +250,19 @@ def test_removing_a_slot_changes_only_its_own_pixels(architecture):
     for k in range(4):
         rgbs_after, masks_after = model.decode(visualize.remove(slots[0], k)[None])
         after = (rgbs_after * masks_after).sum(1)[0]
-        # The picture moves by as much as the slot's mask, from its colour to what the others draw there.
+        # Each pixel changes by the slot's mask, from the slot's colour to the reconstruction by the others.
         assert torch.allclose(before - after, masks[0, k] * (rgbs[0, k] - after), atol=1e-5)
-        assert (before - after).abs().max() > 1e-4 and masks_after[0, k].max() == 0
+        assert (before - after).abs().max() > 1e-4 and masks_after.shape[1] == 3
 
 
-def test_what_is_pasted_takes_the_place_of_the_slot_that_draws_least():
-    masks = one_hot(torch.tensor([0, 0, 0, 1, 1, 3]).view(1, 1, 6), 4)[0]
+def test_pasting_adds_a_slot_and_removing_it_restores_the_others():
     slots, new = torch.randn(4, 16), torch.randn(16)
-    edited = visualize.paste(slots, masks, new)
-    assert torch.equal(edited[2], new) and torch.equal(edited[[0, 1, 3]], slots[[0, 1, 3]])
+    assert torch.equal(visualize.paste(slots, new)[4], new)
+    assert torch.equal(visualize.remove(visualize.paste(slots, new), 4), slots)
+
+
+def test_largest_objects_leave_the_background_out():
+    masks = one_hot(torch.tensor([0, 0, 0, 1, 1, 3]).view(1, 1, 6), 4)[0]
     assert visualize.largest_objects(masks, 2) == [1, 3]
 
 
@@ -268,16 +272,20 @@ def test_edits_show_before_the_slot_and_after():
     for edit, columns in (('remove', 3), ('copy', 4), ('swap', 6), ('interpolate', 8)):
         panels = visualize.visualize_edit(model, slots, edit, f'{edit}.png').axes[0].images
         assert len(panels) == 2 * columns and Path(f'{edit}.png').is_file()
+    different = [slots[0], torch.cat([slots[1], slots[1, :2]])]  # images may have different numbers of slots
+    assert len(visualize.visualize_edit(model, different, 'swap').axes[0].images) == 12
     first, last = panels[2].get_array(), panels[6].get_array()  # of the interpolation: nothing yet, all of it
     assert np.allclose(first, panels[0].get_array(), atol=1e-6) and not np.allclose(last, first, atol=1e-3)
     with pytest.raises(ValueError, match='edit must be one of'):
         visualize.visualize_edit(model, slots, 'paint')
-    with pytest.raises(ValueError, match='swap needs 2 images'):
+    with pytest.raises(ValueError, match='swap needs at least 2 slots and 2 images'):
         visualize.visualize_edit(model, slots[:1], 'swap')
+    with pytest.raises(ValueError, match='remove needs at least 2 slots'):
+        visualize.visualize_edit(model, slots[:, :1], 'remove')
 
 
 def test_a_sweep_has_the_scores_of_every_call():
-    model = small_model(slot_init='gaussian')
+    model = small_model()
     images, *_, labels = scene(3)
     table = visualize.sweep(model, {'image': images, 'mask': labels}, (2, 6), (1, 3))
     assert [(row['num_slots'], row['num_iterations']) for row in table] == [(2, 1), (2, 3), (6, 1), (6, 3)]
@@ -325,7 +333,7 @@ def test_edits_and_sweeps_of_a_checkpoint(capsys):
     assert run('--sweep', '--num_images', 2) == 0
     with open('visualizations/sweep.csv') as file:
         rows = list(csv.DictReader(file))
-    assert {row['num_slots'] for row in rows} == {'2', '3', '4', '5', '6', '7'}  # Gaussian slots: more than trained
+    assert {row['num_slots'] for row in rows} == {'2', '3', '4', '5', '6', '7'}  # more than in training, too
     assert all(0 <= float(row['mse']) < 9 and -1 <= float(row['fg_ari']) <= 1 for row in rows)
     assert Path('visualizations/sweep.png').is_file()
 
@@ -340,6 +348,29 @@ def test_pictures_of_your_own_get_figures_and_integer_labels(capsys):
     assert Path('visualizations/a_0_mask.png').is_file() and Path('visualizations/slots.png').is_file()
     assert run('--image', 'nowhere.png') == 2
     assert 'nowhere.png cannot be read as a picture' in capsys.readouterr().err
+
+
+def test_search_draws_the_slots_that_remain_and_says_so(monkeypatch, capsys):
+    """An untrained model needs a high threshold to lose slots."""
+    prune = partial(prune_and_reseed, prune_threshold=1.0)
+    monkeypatch.setattr(visualize, 'prune_and_reseed', prune)
+    path = small_checkpoint(Path('logs/checkpoints/last.pth'))
+    args = visualize.parse_args(['--search', '--num_images', '2'])
+    job = visualize.open_checkpoint(path, args)
+    images = job.load_batch()['image']
+    with torch.no_grad():
+        recons, masks, rgbs, slots, _ = job.run_model(images)
+        initial = job.model.slot_attention.initial_slots(2, 3, torch.Generator().manual_seed(0))
+        found, slot_mask = prune(job.model, images, initial)
+        found = refine(job.model, images, found, slot_mask)
+    assert [len(s) for s in slots] == slot_mask.sum(1).tolist() == [1, 1]
+    assert torch.equal(slots[0], found[0][slot_mask[0]])
+    assert masks[~slot_mask].max() == 0 and torch.allclose(recons, (rgbs * masks).sum(1))
+    titles = []
+    monkeypatch.setattr(visualize, 'visualize_slots', lambda *args: titles.append(args[-1]))
+    assert visualize.main(args) == 0 and titles == ['searched slots']
+    assert run('--edit', '--search', '--num_images', 2) == 2
+    assert 'remove needs at least 2 slots' in capsys.readouterr().err
 
 
 def test_how_slots_emerged_has_a_frame_for_each_step():
@@ -365,16 +396,16 @@ def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
         Image.fromarray(picture).save(f'frames/{n:03d}.{"png" if n else "tif"}')
     Image.new('L', (16, 16)).save('frames/001_mask.png')  # the labels of a picture are none
 
-    def see(job, images):
+    def run_model(job, images):
         red, blue = images[:, 0] > 0.5, images[:, 2] > 0.5
         masks = torch.stack([red, blue, ~(red | blue)], dim=1)[:, rng.permutation(3), None].float()
-        return images, masks, None, None, images[:, None].expand(-1, 3, -1, -1, -1)
+        return images, masks, images[:, None].expand(-1, 3, -1, -1, -1), None, None
 
     def watched(images, recons, masks, *args, **kwargs):
         seen.append([images[0, 0][masks[0, k, 0] > 0].mean().item() for k in range(3)])
         return visualize_slots(images, recons, masks, *args, **kwargs)
 
-    monkeypatch.setattr(visualize.Job, 'see', see)
+    monkeypatch.setattr(visualize.Job, 'run_model', run_model)
     monkeypatch.setattr(visualize, 'visualize_slots', watched)
     assert run('--frames', 'frames', '--checkpoint', path) == 0
     assert len(seen) == 4 and all(row == pytest.approx(seen[0]) for row in seen)
@@ -402,7 +433,6 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
     ('flags', 'message'),
     [
         (['--checkpoint', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
-        (['--num_slots', 0], 'at least 1 slot'),
         (['--frames', 'nowhere'], 'nowhere holds no pictures'),
         (['--gif', '--checkpoint', '.'], 'no checkpoints in .'),
         (['--output_dir', 'file/figures'], 'file/figures'),
