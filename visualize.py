@@ -23,11 +23,23 @@ are transparent, with grey text that is readable on light and dark pages.
 import argparse
 import csv
 import os
+import re
+import shlex
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count, cycle
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == '__main__':  # before the other imports, which take seconds
+
+    def exit_on_interrupt(*_):
+        print('visualize.py: interrupted', file=sys.stderr)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, exit_on_interrupt)
 
 import numpy as np
 import torch
@@ -42,8 +54,9 @@ from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dataset import VARIANTS, DataError, create_dataset, find_pictures, read_picture, to_batch
+from dataset import VARIANTS, DataError, create_dataset, find_pictures, open_picture, to_batch
 from slot_attention import (
+    IGNORE_LABEL,
     CheckpointError,
     ModelConfig,
     SlotAttentionAutoEncoder,
@@ -71,6 +84,8 @@ STYLE = {
 EMPTY = 0.002  # a slot is empty if its mask is the largest in a smaller share of the image
 ERROR_SCALE = 4  # errors are multiplied by this to be visible
 PANEL_PIXELS = 128  # approximate side of a panel in the saved file
+FORMATS = ('png', 'svg', 'pdf')
+CREATOR = 'Slot Attention visualize.py'  # in the metadata of the figures
 CURVES = {'train/loss': 'training loss', 'val/fg_ari': 'validation FG-ARI', 'train/lr': 'learning rate'}
 EDITS = {
     'remove': 'the largest object is removed',
@@ -78,6 +93,8 @@ EDITS = {
     'swap': 'the largest objects of two images change places',
     'interpolate': 'the largest object turns into that of the next image',
 }
+# Side of the images that published data sets are resized from, pixels; CLEVR's are cropped to it.
+SOURCE_SIDES = {'clevr6': 192, 'multi_dsprites': 64, 'tetrominoes': 35, 'objects_room': 64}
 # Images for an untrained model; a checkpoint holds the same arguments of create_dataset() for its own data.
 DATA = dict(
     dataset_type='shapes', resolution=64, max_objects=6, min_objects=2, seed=0, data_dir='data', variant=VARIANTS[0]
@@ -189,22 +206,26 @@ def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePat
         if curves := {tag: events.Scalars(tag) for tag in CURVES if tag in events.Tags()['scalars']}:
             runs[str(folder)] = curves
     if not runs:
-        raise ValueError('no training curves to draw')
-    fig = Figure(figsize=(12, 6), layout='constrained')
+        raise ValueError(f'no training curves in {", ".join(map(str, log_dirs))}')
+    columns = max(1, int(12 / (0.8 + 0.08 * max(map(len, runs)))))  # of the legend, which is below the plots
+    fig = Figure(figsize=(12, 6.1 + 0.19 * -(-len(runs) // columns)), layout='constrained')
     axes = fig.subplots(2, 3, sharex='row')
-    for (name, curves), colour in zip(runs.items(), slot_colours_of(len(runs)), strict=True):
+    styles = cycle([dict(color=colour, linestyle=line) for line in ('-', '--', ':', '-.') for colour in PALETTE])
+    for (name, curves), style in zip(runs.items(), styles, strict=False):
         start = min(points[0].wall_time for points in curves.values())
         for column, tag in enumerate(CURVES):
             points = curves.get(tag, [])
             steps, minutes = [p.step for p in points], [(p.wall_time - start) / 60 for p in points]
             for ax, x in zip(axes[:, column], (steps, minutes), strict=True):
-                ax.plot(x, [p.value for p in points], color=colour, label=name, marker='.' * (tag == 'val/fg_ari'))
+                ax.plot(x, [p.value for p in points], label=name, marker='.' * (tag == 'val/fg_ari'), **style)
     for (row, column), ax in np.ndenumerate(axes):
         tag = list(CURVES)[column]
         ax.set(xlabel=('steps', 'minutes')[row], ylabel=CURVES[tag], yscale='log' if tag == 'train/loss' else 'linear')
         ax.tick_params(colors=TEXT, which='both')
         ax.grid(color=TEXT, alpha=0.2)
-    axes[0, 0].legend(frameon=False, fontsize=9)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=columns, frameon=False, fontsize=9
+    )
     return _saved(fig, save_path)
 
 
@@ -256,7 +277,7 @@ def save_gif(figures: Iterable[Figure], save_path: str | os.PathLike, millisecon
     palette = Image.fromarray(sample).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
     frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
-    frames[0].save(save_path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    frames[0].save(save_path, save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=CREATOR)
 
 
 # --- Operations on slots ---------------------------------------------------------------------
@@ -304,8 +325,9 @@ def largest_objects(masks: Tensor, number: int = 1) -> list[int]:
 
 @torch.no_grad()
 def visualize_edit(
-    model: SlotAttentionAutoEncoder, slots: Sequence[Tensor], edit: str, save_path: SavePath = None, steps: int = 5
-) -> Figure:
+    model: SlotAttentionAutoEncoder, slots: Sequence[Tensor], edit: str, save_path: SavePath = None, steps: int = 5,
+    title: str | None = None,
+) -> Figure:  # fmt: skip
     """One row per image: before the edit, the slots that it uses, and after it.
 
     slots  [B, K, D] from model(images), or a list of B tensors [K, D] with different K
@@ -323,26 +345,26 @@ def visualize_edit(
         rgbs, masks = model.decode(slots[None])
         return Panel(_pixels((rgbs * masks).sum(1)[0]), title)
 
-    rows, largest = [], []  # largest: of each image, the index and the panel of the slot with the largest object
+    rows, largest = [], []  # largest: of each image, the index of the slot of its largest object, and a picture of it
     for rgbs, masks in (model.decode(s[None]) for s in slots):
         k = largest_objects(masks[0])[0]
-        largest.append((k, _slot_panels(_alone(rgbs[0], masks[0]), masks[0])[slot_order(masks[0]).index(k)]))
+        largest.append((k, _alone(rgbs[0], masks[0])[k]))
     for i, (ours, (k, object_k)) in enumerate(zip(slots, largest, strict=True)):
-        j = (i + 1) % len(slots)
-        theirs, (l, object_l) = slots[j], largest[j]
-        before, next_before = draw(ours, 'image'), draw(theirs, 'next image')
+        theirs, (l, object_l) = slots[(i + 1) % len(slots)], largest[(i + 1) % len(slots)]
+        image, next_image = draw(ours, 'image'), draw(theirs, 'next image')
+        mine, next_object = Panel(object_k, 'object'), Panel(object_l, 'next object')
         if edit == 'remove':
-            row = [before, object_k, draw(remove(ours, k), 'edited')]
+            row = [image, mine, draw(remove(ours, k), 'edited')]
         elif edit == 'copy':
-            row = [before, next_before, object_l, draw(paste(ours, theirs[l]), 'edited')]
+            row = [image, next_image, next_object, draw(paste(ours, theirs[l]), 'edited')]
         elif edit == 'swap':
             edited, next_edited = paste(remove(ours, k), theirs[l]), paste(remove(theirs, l), ours[k])
-            row = [before, next_before, object_k, object_l, draw(edited, 'edited'), draw(next_edited, 'next edited')]
+            row = [image, next_image, mine, next_object, draw(edited, 'edited'), draw(next_edited, 'next edited')]
         else:
             blends = [torch.lerp(ours[k], theirs[l], weight) for weight in torch.linspace(0, 1, steps).tolist()]
-            row = [before, object_k, *(draw(paste(remove(ours, k), blend)) for blend in blends), object_l]
-        rows.append([panel if panel.colour is not None or i == 0 else panel._replace(title='') for panel in row])
-    return _sheet(rows, None, f'{edit}: {EDITS[edit]}', save_path)
+            row = [image, mine, *(draw(paste(remove(ours, k), blend)) for blend in blends), next_object]
+        rows.append([panel._replace(title='') for panel in row] if rows else row)
+    return _sheet(rows, None, title or f'{edit}: {EDITS[edit]}', save_path)
 
 
 @torch.no_grad()
@@ -494,7 +516,9 @@ def _sheet(rows: list[list[Panel]], notes: list[str] | None, title: str | None, 
     gap, strip, left, top = 0.1, 0.27, 1.3 if notes else 0.08, 0.36 if title else 0.04
     strips = [strip if any(p.title for p in row) else 0.1 for row in rows]
     tops = np.cumsum([top] + [s + panel + 0.04 for s in strips])
-    width = max(left + (panel + gap) * max(map(len, rows)), 0.13 * len(title or ''))
+    natural = left + (panel + gap) * max(map(len, rows))
+    width = max(natural, 0.13 * len(title or ''))
+    left += (width - natural) / 2
     fig = Figure(figsize=(width, tops[-1] + 0.04))
     ax = fig.add_axes((0, 0, 1, 1))
     for i, row in enumerate(rows):
@@ -520,8 +544,58 @@ def _sheet(rows: list[list[Panel]], notes: list[str] | None, title: str | None, 
 @rc_context(STYLE)
 def _saved(fig: Figure, save_path: SavePath) -> Figure:
     if save_path is not None:
-        fig.savefig(save_path)
+        metadata = {'Creator': CREATOR} if Path(save_path).suffix[1:] in FORMATS else None
+        fig.savefig(save_path, metadata=metadata)
     return fig
+
+
+# --- Own pictures ----------------------------------------------------------------------------
+
+
+def crop_box(width: int, height: int, dataset_type: str | None) -> tuple[float, float, float, float]:
+    """The square of a picture that a model sees: left, top, right and bottom in pixels.
+
+    The centre; of landscape pictures for a CLEVR model the paper's window, rows 29 to 221 of 240 (Appendix E.1).
+    """
+    side, middle = min(width, height), height / 2
+    if dataset_type == 'clevr6' and width > height:
+        side, middle = min(width, height * 192 / 240), height * 125 / 240
+    return (width - side) / 2, middle - side / 2, (width + side) / 2, middle + side / 2
+
+
+def fit_picture(picture: Image.Image, resolution: int, dataset_type: str | None) -> np.ndarray:
+    """Crops and resizes a picture as the training data: uint8 [R, R, 3].
+
+    The images of published data sets are resized without antialiasing, from SOURCE_SIDES pixels.
+    """
+    side = SOURCE_SIDES.get(dataset_type, resolution)
+    picture = picture.resize((side, side), Image.Resampling.BILINEAR, crop_box(*picture.size, dataset_type))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, (resolution, resolution), mode='bilinear').round().byte()
+    return pixels[0].permute(1, 2, 0).numpy()
+
+
+def save_segmentation(masks: Tensor, save_path: str | os.PathLike, size=None, box=None) -> None:
+    """Writes the strongest slot at each pixel of masks [K, 1, H, W] as a PNG with a palette.
+
+    size  width and height of the picture to write, in pixels; default: of the masks
+    box   where in the picture the masks lie, see crop_box()
+
+    Values: 0 for the background's slot, else the number of the slot in the figures; IGNORE_LABEL outside of `box`.
+    """
+    K, _, H, W = masks.shape
+    width, height = size or (W, H)
+    left, top, right, bottom = map(round, box or (0, 0, W, H))
+    masks = F.interpolate(masks.transpose(0, 1), (bottom - top, right - left), mode='bilinear')  # [1, K, h, w]
+    numbers = torch.arange(1, K + 1)
+    numbers[slot_order(masks[0])[-1]] = 0
+    labels = torch.full((height, width), IGNORE_LABEL)
+    labels[top:bottom, left:right] = numbers[segmentation(masks)[0]]
+    palette = np.ones((256, 3))
+    palette[: K + 1] = np.concatenate([BACKGROUND[None], slot_colours_of(K)])
+    image = Image.fromarray(labels.to(torch.uint8).numpy())
+    image.putpalette((255 * palette).round().astype(np.uint8).tobytes())
+    image.save(save_path)
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -541,8 +615,6 @@ class Job:
         """The pictures of --image, or validation images of the data set of the training."""
         if self.args.image:
             return self.read_images(self.args.image)
-        if not self.data:
-            raise DataError('the checkpoint does not say what data it was trained on; give pictures with --image')
         try:
             dataset = create_dataset(split='val', size=self.args.num_images, **self.data)
         except (TypeError, ArithmeticError) as error:
@@ -551,7 +623,8 @@ class Job:
 
     def read_images(self, paths: Iterable[Path]) -> dict[str, Tensor]:
         """Pictures of any size as a batch. Raises DataError."""
-        return to_batch(np.stack([read_picture(path, self.model.config.resolution) for path in paths]))
+        kind = self.data.get('dataset_type')
+        return to_batch(np.stack([fit_picture(open_picture(p), self.model.config.resolution, kind) for p in paths]))
 
     def run_model(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
         """recons, masks, rgbs, slots and attn of images [B, 3, H, W]; slots is a list of B tensors [K, D].
@@ -581,6 +654,17 @@ class Job:
         self.paths.append(self.args.output_dir / (name if Path(name).suffix else f'{name}.{self.args.format}'))
         return self.paths[-1]
 
+    def remove_stale(self) -> None:
+        """Deletes the figures name_N that an earlier run with more images wrote; CREATOR identifies them."""
+        for path in list(self.paths):
+            name, _, number = path.stem.rpartition('_')
+            if number.isdigit():
+                following = (path.with_stem(f'{name}_{n}') for n in count(int(number) + 1))
+                for path in following:
+                    if path in self.paths or not path.is_file() or CREATOR.encode() not in path.read_bytes():
+                        break
+                    path.unlink()
+
 
 def render_images(job: Job) -> None:
     """Slots, and attention and decomposition of each image; the segmentations of the pictures of --image."""
@@ -594,14 +678,17 @@ def render_images(job: Job) -> None:
         path, label = job.path(f'decomposition_{i}'), None if labels is None else labels[i]
         visualize_slot_decomposition(image, recons[i], masks[i], path, rgbs[i], label, job.title())
     for i, path in enumerate(job.args.image or ()):
-        found = segmentation(masks)[i].to(torch.uint8).numpy()
-        Image.fromarray(found).save(job.path(f'{path.stem}_{i}_mask.png'))
+        size = open_picture(path).size
+        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_mask.png'))
+        box = crop_box(*size, job.data.get('dataset_type'))
+        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_full_mask.png'), size, box)
 
 
 def render_edits(job: Job) -> None:
     slots = job.run_model(job.load_batch()['image'])[3]
     for edit in EDITS:
-        visualize_edit(job.model, slots, edit, job.path(f'edit_{edit}'))
+        title = job.title(f'{edit}: {EDITS[edit]}')
+        visualize_edit(job.model, slots, edit, job.path(f'edit_{edit}'), title=title)
 
 
 def render_attention_gifs(job: Job) -> None:
@@ -627,16 +714,25 @@ def render_emergence(jobs: list[Job]) -> None:
 def render_frames(job: Job) -> None:
     """A GIF of the pictures in --frames; slots are numbered as the most similar ones of the previous frame."""
     figures, previous = [], None
-    for path in find_pictures(job.args.frames):
-        images = job.read_images([path])['image']
+    for path in sorted(find_pictures(job.args.frames), key=natural_key):
+        try:
+            images = job.read_images([path])['image']
+        except DataError as error:
+            print(f'skipped: {error}', file=sys.stderr)
+            continue
         recons, masks, rgbs, *_ = job.run_model(images)
         if previous is not None:
             masks, rgbs = reorder_slots(previous, masks, rgbs)
         previous = masks
         figures.append(visualize_slots(images, recons, masks, None, rgbs, title=job.title(path.name)))
     if not figures:
-        raise DataError(f'{job.args.frames} holds no pictures')
+        raise DataError(f'no pictures in {job.args.frames}; --frames needs a folder with .png or .jpg files')
     save_gif(figures, job.path('frames.gif'), milliseconds=200)
+
+
+def natural_key(path: Path) -> list[str | int]:
+    """A key that sorts frame2 before frame10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', str(path))]
 
 
 def render_sweep(job: Job) -> None:
@@ -649,25 +745,39 @@ def render_sweep(job: Job) -> None:
     visualize_sweep(table, job.path('sweep'))
 
 
-def newest_checkpoint(log_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint under `log_dir` that was written last, or None."""
-    return max(Path(log_dir).rglob('*.pth'), key=lambda path: path.stat().st_mtime, default=None)
+def find_checkpoint(path: Path | None, log_dir: Path) -> Path | None:
+    """The file at `path`, its last.pth if it is the folder of a run, or the newest file under `log_dir`, if any."""
+    if path is None:
+        return max(log_dir.rglob('*.pth'), key=lambda file: file.stat().st_mtime, default=None)
+    if not path.is_dir():
+        return path
+    if found := next((file for file in (path / 'last.pth', path / 'checkpoints/last.pth') if file.is_file()), None):
+        return found
+    raise CheckpointError(
+        f'no last.pth in {path} or {path / "checkpoints"}; --checkpoint needs a file or such a folder'
+    )
 
 
 def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
     """The model of a checkpoint, an untrained one for None. Raises CheckpointError."""
     if path is None:
-        print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model (python train.py trains one)')
+        command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
+        print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model ({command} trains one)')
         torch.manual_seed(args.seed)
         return Job(SlotAttentionAutoEncoder(ModelConfig()).eval(), DATA, 0, args)
+    print(f'rendering {path}')
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path)
     try:
-        data = dict(checkpoint['training'].get('data', {}))
+        data = dict(checkpoint['training'].get('data', {}))  # empty if the checkpoint was written by other code
         step = int(checkpoint['training'].get('progress', {}).get('step', 0))
     except (TypeError, ValueError, AttributeError) as error:
         raise damaged(path, error) from error
+    if not data and not (args.image or args.frames):
+        raise CheckpointError(f'{path} does not say what data it was trained on; give pictures with --image')
     if args.data_dir is not None:
+        if data.get('dataset_type') == 'shapes':
+            raise CheckpointError(f'--data_dir has no effect: {path} was trained on shapes; leave it out')
         data['data_dir'] = str(args.data_dir)
     return Job(model, data, step, args)
 
@@ -699,7 +809,7 @@ def create_parser() -> argparse.ArgumentParser:
     add(modes, 'sweep', 'scores for each number of slots and iterations, also as CSV', action='store_true')
     add(modes, 'training', 'training curves of all runs under --log_dir', action='store_true')
     group = parser.add_argument_group('input')
-    add(group, 'checkpoint', 'file (default: the newest under --log_dir)', type=Path, metavar='PATH')
+    add(group, 'checkpoint', 'file or folder of a run (default: the newest file under --log_dir)', type=Path, metavar='PATH')
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
     add(group, 'image', 'pictures to draw instead of validation images', type=Path, nargs='+', metavar='PATH')
     add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
@@ -710,20 +820,38 @@ def create_parser() -> argparse.ArgumentParser:
     add(group, 'seed', 'seed of the initial slots', type=int, default=0, metavar='N')
     group = parser.add_argument_group('output')
     add(group, 'output_dir', 'folder of the figures', type=Path, default=Path('visualizations'), metavar='PATH')
-    add(group, 'format', 'file format of the figures', default='png', choices=('png', 'svg', 'pdf'))
+    add(group, 'format', 'file format of the figures', default='png', choices=FORMATS)
     # fmt: on
     return parser
 
 
+# Flags that have no effect with another flag.
+UNUSED = {
+    'gif': ('search', 'format'),
+    'frames': ('image', 'data_dir', 'num_images', 'format'),
+    'sweep': ('num_slots', 'num_iterations', 'search'),
+    'training': ('checkpoint', 'image', 'data_dir', 'num_images', 'num_slots', 'num_iterations', 'search', 'seed'),
+    'checkpoint': ('log_dir',),
+    'image': ('data_dir', 'num_images'),
+    'search': ('num_iterations',),
+}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; a mistake ends the program with one line and status 2."""
     parser = create_parser()
     args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    for flag in UNUSED.keys() & given.keys():
+        for name in given.keys() & set(UNUSED[flag]):
+            parser.error(f'--{name} has no effect with --{flag}; leave it out')
+    limits = {'num_images': (1, 1000), 'num_slots': (1, 254), 'num_iterations': (1, 1000), 'seed': (0, 2**63 - 1)}
+    for name in limits.keys() & given.keys():
+        lowest, highest = limits[name]
+        if not lowest <= given[name] <= highest:
+            parser.error(f'--{name} must be at least {lowest} and at most {highest}, not {given[name]}')
     if args.num_images is None:
         args.num_images = 32 if args.sweep else 8
-    limits = {'num_images': (1, 1000), 'num_slots': (1, 254), 'num_iterations': (1, 1000), 'seed': (0, 2**63 - 1)}
-    for name, (lowest, highest) in limits.items():
-        if (value := getattr(args, name)) is not None and not lowest <= value <= highest:
-            parser.error(f'--{name} must be at least {lowest} and at most {highest}, not {value}')
     if args.edit and len(args.image or range(args.num_images)) < 2:
         parser.error('--edit needs at least two images')
     return args
@@ -733,24 +861,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def render(args: argparse.Namespace) -> list[Path]:
     """Writes the figures and returns their paths. Raises ValueError and OSError."""
     if args.training:
-        path = args.output_dir / f'training.{args.format}'
+        folders = sorted({file.parent for file in args.log_dir.rglob('events.out.tfevents.*')})
+        if not folders:
+            command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
+            raise DataError(f'no training curves under {args.log_dir}; {command} writes some')
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        visualize_training(sorted({file.parent for file in args.log_dir.rglob('events.out.tfevents.*')}), path)
+        path = args.output_dir / f'training.{args.format}'
+        visualize_training(folders, path)
         return [path]
     if args.gif and args.checkpoint is not None and args.checkpoint.is_dir():
-        checkpoints = [*args.checkpoint.glob('checkpoint_epoch_*.pth'), *args.checkpoint.glob('last.pth')]
-        if not checkpoints:
+        folder = args.checkpoint / 'checkpoints' if (args.checkpoint / 'checkpoints').is_dir() else args.checkpoint
+        files = [*folder.glob('checkpoint_epoch_*.pth'), *folder.glob('last.pth')]
+        if not files:
             raise CheckpointError(f'no checkpoints in {args.checkpoint}; python train.py --save_every 1 writes some')
-        jobs = {job.step: job for job in (open_checkpoint(path, args) for path in checkpoints)}  # one for each step
+        jobs = {job.step: job for job in (open_checkpoint(file, args) for file in files)}  # one for each step
         jobs = [jobs[step] for step in sorted(jobs)]
         render_emergence(jobs)
         return jobs[-1].paths
-    path = args.checkpoint or newest_checkpoint(args.log_dir)
-    if path is not None:
-        print(f'rendering {path}')
-    job = open_checkpoint(path, args)
+    job = open_checkpoint(find_checkpoint(args.checkpoint, args.log_dir), args)
     modes = {'edit': render_edits, 'gif': render_attention_gifs, 'frames': render_frames, 'sweep': render_sweep}
     next((mode for flag, mode in modes.items() if getattr(args, flag)), render_images)(job)
+    job.remove_stale()
     return job.paths
 
 

@@ -5,18 +5,23 @@ import gc
 import os
 import re
 import resource
+import runpy
+import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.tensorboard import SummaryWriter
 
+import slot_attention
 import visualize
 from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, prune_and_reseed, refine, save_checkpoint
 from visualize import visualize_attention_evolution, visualize_slot_decomposition, visualize_slots
@@ -302,9 +307,9 @@ def test_a_sweep_has_the_scores_of_every_call():
 DATA = visualize.DATA | dict(resolution=16, max_objects=3, min_objects=1)
 
 
-def small_checkpoint(path, step=0):
+def small_checkpoint(path, step=0, data=DATA):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, small_model(num_slots=3), data=DATA, progress={'step': step})
+    save_checkpoint(path, small_model(num_slots=3), data=data, progress={'step': step})
     return path
 
 
@@ -343,11 +348,10 @@ def test_pictures_of_your_own_get_figures_and_integer_labels(capsys):
     Image.new('RGB', (50, 30), 'red').save('a.jpg')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save('b.png')
     assert run('--image', 'a.jpg', 'b.png') == 0
-    with Image.open('visualizations/b_1_mask.png') as mask:
-        assert mask.mode == 'L' and mask.size == (16, 16) and np.asarray(mask).max() < 3
-    assert Path('visualizations/a_0_mask.png').is_file() and Path('visualizations/slots.png').is_file()
-    assert run('--image', 'nowhere.png') == 2
-    assert 'nowhere.png cannot be read as a picture' in capsys.readouterr().err
+    printed = [Path(line).name for line in capsys.readouterr().out.splitlines()[1:]]
+    masks = {f'{name}_{kind}mask.png' for name in ('a_0', 'b_1') for kind in ('', 'full_')}
+    assert {'slots.png', 'decomposition_1.png'} | masks <= set(printed)
+    assert all(Path('visualizations', name).is_file() for name in printed)
 
 
 def test_search_draws_the_slots_that_remain_and_says_so(monkeypatch, capsys):
@@ -424,16 +428,241 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
     figure = visualize.visualize_training(['logs/a', 'logs/b'])
     curves = [[list(line.get_ydata()) for line in ax.lines] for ax in figure.axes]
     assert curves[0] == [pytest.approx([1, 1 / 2, 1 / 3])] * 2 and curves[1][0] == [0.25, 0.5, 0.75]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ['logs/a', 'logs/b']
-    assert run('--training', '--log_dir', 'elsewhere') == 2
-    assert 'no training curves to draw' in capsys.readouterr().err
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['logs/a', 'logs/b']
+    with pytest.raises(ValueError, match='no training curves in logs'):
+        visualize.visualize_training(['logs'])
+
+
+def test_many_runs_leave_the_plots_their_size():
+    for n in range(18):
+        with SummaryWriter(f'logs/{n:02d} with a rather long name') as writer:
+            writer.add_scalar('train/loss', 1, 1)
+    folders = sorted(Path('logs').iterdir())
+
+    def inches(figure):
+        figure.draw_without_rendering()
+        return figure.axes[0].get_position().size * figure.get_size_inches()
+
+    few, many = visualize.visualize_training(folders[:2]), visualize.visualize_training(folders)
+    assert np.allclose(inches(few), inches(many), rtol=0.03)
+    plots = many.axes[0].get_tightbbox().union([ax.get_tightbbox() for ax in many.axes])
+    legend = many.legends[0].get_window_extent()
+    assert not legend.overlaps(plots) and many.bbox.x0 <= legend.x0 and legend.x1 <= many.bbox.x1
+    looks = {(tuple(line.get_color()), line.get_linestyle()) for line in many.axes[0].lines}
+    assert len(looks) == 18
+
+
+# Own pictures
+
+
+def drawn_images(monkeypatch, *flags) -> torch.Tensor:
+    """The images [B, 3, H, W] that a call of the script draws."""
+    seen = []
+    monkeypatch.setattr(visualize, 'visualize_slots', lambda images, *args, **kwargs: seen.append(images))
+    assert run(*flags) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize('size', [(320, 240), (480, 320)])
+def test_a_picture_for_a_model_of_clevr_is_cropped_and_resized_as_its_data(monkeypatch, size):
+    """TFRecords hold 320 x 240 pixels, CLEVR_v1.0 480 x 320; both are cropped to rows 29:221 of 240."""
+    path = small_checkpoint(Path('clevr.pth'), data=DATA | {'dataset_type': 'clevr6'})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    picture.save('scene.png')
+    if size != (320, 240):
+        picture = picture.resize((360, 240), Image.Resampling.BILINEAR)
+    left = (picture.width - 192) // 2
+    window = torch.from_numpy(np.array(picture)[29:221, left : left + 192]).permute(2, 0, 1)[None].float()
+    expected = F.interpolate(window, (16, 16), mode='bilinear')[0] / 127.5 - 1
+    found = drawn_images(monkeypatch, '--image', 'scene.png', '--checkpoint', path)[0]
+    assert (found - expected).abs().max() < 1.5 / 127.5
+
+
+@pytest.mark.parametrize('dataset_type', ['shapes', 'images'])
+def test_a_picture_for_other_models_is_cropped_at_the_centre(monkeypatch, dataset_type):
+    path = small_checkpoint(Path('other.pth'), data=DATA | {'dataset_type': dataset_type})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8))
+    picture.save('picture.png')
+    expected = ImageOps.fit(picture, (16, 16), Image.Resampling.BILINEAR)
+    found = drawn_images(monkeypatch, '--image', 'picture.png', '--checkpoint', path)[0]
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def two_slots_and_background(job, images):
+    """Slot 1: the left quarter of the image, slot 3: the right quarter, slot 2: the rest."""
+    labels = torch.ones(len(images), 16, 16, dtype=torch.long)
+    labels[:, :, :4], labels[:, :, 12:] = 0, 2
+    masks = one_hot(labels, 3)
+    attn = masks[:, :, 0][:, None].expand(-1, 2, -1, -1, -1)
+    return images, masks, images[:, None].expand(-1, 3, -1, -1, -1), None, attn
+
+
+def test_masks_of_own_pictures_have_their_size_and_the_colours_of_the_slots(monkeypatch):
+    """0 is the background's slot, 1 and 3 are slots; the model does not see the 10 columns at either side."""
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    Image.new('RGB', (60, 40), 'red').save('a.jpg')
+    monkeypatch.setattr(visualize.Job, 'run_model', two_slots_and_background)
+    assert run('--image', 'a.jpg') == 0
+    with Image.open('visualizations/a_0_mask.png') as mask:
+        assert mask.mode == 'P' and mask.size == (16, 16)
+        assert np.unique(np.asarray(mask)).tolist() == [0, 1, 3]
+    with Image.open('visualizations/a_0_full_mask.png') as mask:
+        labels, colours = np.asarray(mask), np.asarray(mask.convert('RGB')) / 255
+    assert labels.shape == (40, 60)
+    assert labels[20].tolist() == [255] * 10 + [1] * 10 + [0] * 20 + [3] * 10 + [255] * 10
+    of_slots = visualize.slot_colours_of(3)
+    for column, colour in ((15, of_slots[0]), (30, visualize.BACKGROUND), (45, of_slots[2])):
+        assert np.allclose(colours[20, column], colour, atol=0.005)
+
+
+def test_the_mask_of_a_clevr_scene_lies_where_its_window_lies(monkeypatch):
+    path = small_checkpoint(Path('clevr.pth'), data=DATA | {'dataset_type': 'clevr6'})
+    Image.new('RGB', (320, 240), 'red').save('a.png')
+    monkeypatch.setattr(visualize.Job, 'run_model', two_slots_and_background)
+    assert run('--image', 'a.png', '--checkpoint', path) == 0
+    with Image.open('visualizations/a_0_full_mask.png') as mask:
+        labels = np.asarray(mask)
+    seen = labels != 255
+    assert seen[29:221, 64:256].all() and seen.sum() == 192 * 192
+    assert (labels[29:221, 64:112] == 1).all() and (labels[29:221, 112:208] == 0).all()
+
+
+def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsys):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    Path('frames').mkdir()
+    for n in (1, 2, 10):
+        Image.new('RGB', (16, 16), (20 * n, 0, 0)).save(f'frames/frame{n}.png')
+    Path('frames/frame3.png').write_text('no picture')
+    seen = []
+
+    def watched(images, *args, **kwargs):
+        seen.append((round((images[0, 0, 0, 0].item() + 1) * 127.5), kwargs['title']))
+        return visualize_slots(images, *args, **kwargs)
+
+    monkeypatch.setattr(visualize, 'visualize_slots', watched)
+    assert run('--frames', 'frames') == 0
+    assert seen == [(20, 'frame1.png'), (40, 'frame2.png'), (200, 'frame10.png')]
+    error = capsys.readouterr().err
+    assert 'frames/frame3.png' in error and error.startswith('skipped') and error.count('\n') == 1
+
+
+# Mistakes
+
+
+def test_a_folder_means_its_last_checkpoint(capsys):
+    small_checkpoint(Path('run/checkpoints/best_model.pth'))
+    last = small_checkpoint(Path('run/checkpoints/last.pth'))
+    os.utime(last, (1, 1))
+    for folder in ('run', 'run/checkpoints'):
+        assert run('--checkpoint', folder, '--num_images', 1) == 0
+        assert f'rendering {last}' in capsys.readouterr().out
+        assert run('--gif', '--checkpoint', folder, '--num_images', 1) == 0
+    Path('empty').mkdir()
+    assert run('--checkpoint', 'empty') == 2
+    assert 'no last.pth in empty' in capsys.readouterr().err
+
+
+def test_figures_of_an_earlier_run_with_more_images_go_but_no_other_files(capsys):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    for suffix in ('png', 'svg', 'pdf'):
+        assert run('--num_images', 3, '--format', suffix) == 0
+        own = Path(f'visualizations/decomposition_3.{suffix}')
+        own.write_bytes(b'of the user')
+        assert run('--num_images', 1, '--format', suffix) == 0
+        left = {path.name for path in Path('visualizations').glob(f'*.{suffix}')}
+        assert left == {f'{name}.{suffix}' for name in ('slots', 'attention_evolution_0', 'decomposition_0')} | {
+            own.name
+        }
+    for number in (2, 1):
+        assert run('--gif', '--num_images', number) == 0
+    assert [path.name for path in Path('visualizations').glob('*.gif')] == ['attention_evolution_0.gif']
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        '--frames F --image x.png', '--frames F --num_images 3', '--frames F --format svg', '--sweep --num_slots 3',
+        '--sweep --num_iterations 3', '--sweep --search', '--training --num_slots 3', '--training --image x.png',
+        '--training --checkpoint x.pth', '--image x.png --num_images 3', '--image x.png --data_dir data',
+        '--gif --search', '--gif --format svg', '--checkpoint x.pth --log_dir elsewhere',
+        '--search --num_iterations 3',
+    ],
+)  # fmt: skip
+def test_flags_without_effect_are_refused(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        run(*argv.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count('\n') == 1
+    assert error.startswith('visualize.py: error: ') and 'has no effect' in error
+
+
+@pytest.mark.parametrize(
+    'argv',
+    ['--num_slots 0', '--num_slots -1', '--num_slots 300', '--num_iterations 0', '--num_images 0', '--seed -1',
+     '--edit --num_images 1', '--edit --image x.png', '--wrong', '--num_slots x', '--sweep --edit'],
+)  # fmt: skip
+def test_mistakes_on_the_command_line_cost_one_line(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        run(*argv.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count('\n') == 1 and error.startswith('visualize.py: error: ')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'parts'),
+    [
+        (['--training', '--log_dir', 'my logs'], ["python train.py --log_dir 'my logs'"]),
+        (['--frames', 'my frames'], ['no pictures in my frames', '.png', '--frames']),
+        (['--gif', '--checkpoint', 'my frames'], ['no checkpoints in my frames', 'python train.py --save_every 1']),
+        (['--checkpoint', 'shapes.pth', '--data_dir', 'data'], ['--data_dir has no effect', 'shapes']),
+        (['--checkpoint', 'bare.pth'], ['bare.pth', '--image']),
+    ],
+)
+def test_where_nothing_is_to_draw_the_message_says_what_to_do(capsys, flags, parts):
+    Path('my frames').mkdir()
+    small_checkpoint(Path('shapes.pth'))
+    save_checkpoint('bare.pth', small_model())
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and all(part in error for part in parts)
+    assert not Path('visualizations').exists()
+
+
+def test_a_command_to_train_quotes_its_folder(capsys):
+    assert run('--log_dir', 'my logs', '--num_images', 1) == 0
+    assert "python train.py --log_dir 'my logs'" in capsys.readouterr().out
+
+
+class Interrupting(ModuleType):
+    """A module during whose import Ctrl-C is pressed."""
+
+    def __getattr__(self, name):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize('when', ['import', 'run'])
+def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys, when):
+    monkeypatch.setattr(sys, 'argv', ['visualize.py', '--checkpoint', 'any.pth'])
+    if when == 'import':
+        monkeypatch.setitem(sys.modules, 'dataset', Interrupting('dataset'))
+    else:
+        monkeypatch.setattr(slot_attention, 'load_checkpoint', lambda path: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
+            runpy.run_path(visualize.__file__, run_name='__main__')
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert exit.type is SystemExit and exit.value.code == 130
+    assert capsys.readouterr().err == 'visualize.py: interrupted\n'
 
 
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         (['--checkpoint', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
-        (['--frames', 'nowhere'], 'nowhere holds no pictures'),
+        (['--image', 'nowhere.png'], 'nowhere.png cannot be read as a picture'),
         (['--gif', '--checkpoint', '.'], 'no checkpoints in .'),
         (['--output_dir', 'file/figures'], 'file/figures'),
     ],
@@ -441,6 +670,6 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
 def test_mistakes_cost_one_line(capsys, flags, message):
     Path('file').write_text('in the way')
     small_checkpoint(Path('logs/checkpoints/last.pth'))
-    assert run('--num_images', 1, *flags) == 2
+    assert run(*flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith('visualize.py: error: ') and error.count('\n') == 1
