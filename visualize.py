@@ -54,7 +54,7 @@ from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dataset import VARIANTS, DataError, create_dataset, find_pictures, open_picture, to_batch
+from dataset import DataError, create_dataset, find_pictures, open_picture, to_batch
 from slot_attention import (
     IGNORE_LABEL,
     CheckpointError,
@@ -95,10 +95,7 @@ EDITS = {
 }
 # Side of the images that published data sets are resized from, pixels; CLEVR's are cropped to it.
 SOURCE_SIDES = {'clevr6': 192, 'multi_dsprites': 64, 'tetrominoes': 35, 'objects_room': 64}
-# Images for an untrained model; a checkpoint holds the same arguments of create_dataset() for its own data.
-DATA = dict(
-    dataset_type='shapes', resolution=64, max_objects=6, min_objects=2, seed=0, data_dir='data', variant=VARIANTS[0]
-)
+UNTRAINED_DATA = dict(dataset_type='shapes')  # arguments of create_dataset(); a checkpoint has those of its data
 
 
 # --- Figures ---------------------------------------------------------------------------------
@@ -575,25 +572,26 @@ def fit_picture(picture: Image.Image, resolution: int, dataset_type: str | None)
     return pixels[0].permute(1, 2, 0).numpy()
 
 
-def save_segmentation(masks: Tensor, save_path: str | os.PathLike, size=None, box=None) -> None:
-    """Writes the strongest slot at each pixel of masks [K, 1, H, W] as a PNG with a palette.
+def save_segmentation(
+    masks: Tensor, save_path: str | os.PathLike, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> None:
+    """Writes the strongest slot at each pixel of a picture as a PNG with a palette.
 
-    size  width and height of the picture to write, in pixels; default: of the masks
-    box   where in the picture the masks lie, see crop_box()
+    masks  [K, 1, H, W]
+    size   width and height of the picture, pixels
+    box    the part of the picture that the masks cover, see crop_box()
 
-    Values: 0 for the background's slot, else the number of the slot in the figures; IGNORE_LABEL outside of `box`.
+    Values: 0 for the background's slot, the number in the figures for the others, IGNORE_LABEL outside of the box.
     """
-    K, _, H, W = masks.shape
-    width, height = size or (W, H)
-    left, top, right, bottom = map(round, box or (0, 0, W, H))
-    masks = F.interpolate(masks.transpose(0, 1), (bottom - top, right - left), mode='bilinear')  # [1, K, h, w]
+    K, (left, top, right, bottom) = len(masks), map(round, box)
+    enlarged = F.interpolate(masks.transpose(0, 1), (bottom - top, right - left), mode='bilinear')  # [1, K, h, w]
     numbers = torch.arange(1, K + 1)
-    numbers[slot_order(masks[0])[-1]] = 0
-    labels = torch.full((height, width), IGNORE_LABEL)
-    labels[top:bottom, left:right] = numbers[segmentation(masks)[0]]
+    numbers[slot_order(masks)[-1]] = 0
+    labels = torch.full(size[::-1], IGNORE_LABEL, dtype=torch.uint8)
+    labels[top:bottom, left:right] = numbers[segmentation(enlarged)[0]]
     palette = np.ones((256, 3))
-    palette[: K + 1] = np.concatenate([BACKGROUND[None], slot_colours_of(K)])
-    image = Image.fromarray(labels.to(torch.uint8).numpy())
+    palette[: K + 1] = BACKGROUND, *slot_colours_of(K)
+    image = Image.fromarray(labels.numpy())
     image.putpalette((255 * palette).round().astype(np.uint8).tobytes())
     image.save(save_path)
 
@@ -654,17 +652,6 @@ class Job:
         self.paths.append(self.args.output_dir / (name if Path(name).suffix else f'{name}.{self.args.format}'))
         return self.paths[-1]
 
-    def remove_stale(self) -> None:
-        """Deletes the figures name_N that an earlier run with more images wrote; CREATOR identifies them."""
-        for path in list(self.paths):
-            name, _, number = path.stem.rpartition('_')
-            if number.isdigit():
-                following = (path.with_stem(f'{name}_{n}') for n in count(int(number) + 1))
-                for path in following:
-                    if path in self.paths or not path.is_file() or CREATOR.encode() not in path.read_bytes():
-                        break
-                    path.unlink()
-
 
 def render_images(job: Job) -> None:
     """Slots, and attention and decomposition of each image; the segmentations of the pictures of --image."""
@@ -678,10 +665,10 @@ def render_images(job: Job) -> None:
         path, label = job.path(f'decomposition_{i}'), None if labels is None else labels[i]
         visualize_slot_decomposition(image, recons[i], masks[i], path, rgbs[i], label, job.title())
     for i, path in enumerate(job.args.image or ()):
-        size = open_picture(path).size
-        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_mask.png'))
-        box = crop_box(*size, job.data.get('dataset_type'))
-        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_full_mask.png'), size, box)
+        (width, height), R = open_picture(path).size, images.shape[-1]
+        box = crop_box(width, height, job.data.get('dataset_type'))
+        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_mask.png'), (R, R), (0, 0, R, R))
+        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_full_mask.png'), (width, height), box)
 
 
 def render_edits(job: Job) -> None:
@@ -699,40 +686,39 @@ def render_attention_gifs(job: Job) -> None:
 
 
 def render_emergence(jobs: list[Job]) -> None:
-    """A GIF of the same images with the models of several steps; slots are numbered as in the last one."""
+    """A GIF of the same images with the models of several steps."""
     batch = jobs[-1].load_batch()
-    images, labels = batch['image'], batch.get('mask')
-    reference = jobs[-1].run_model(images)[1]
-    figures = []
-    for job in jobs:
-        recons, masks, rgbs, *_ = job.run_model(images)
-        masks, rgbs = reorder_slots(reference, masks, rgbs)
-        figures.append(visualize_slots(images, recons, masks, None, rgbs, labels, f'step {job.step:,}'))
-    save_gif(figures, jobs[-1].path('emergence.gif'))
+    frames = [(job, batch, f'step {job.step:,}') for job in reversed(jobs)]  # slots are numbered as in the last one
+    save_gif(draw_sequence(frames)[::-1], jobs[-1].path('emergence.gif'))
 
 
 def render_frames(job: Job) -> None:
-    """A GIF of the pictures in --frames; slots are numbered as the most similar ones of the previous frame."""
-    figures, previous = [], None
+    """A GIF of the pictures in --frames, in the natural order of their names: frame2 before frame10."""
+    frames = []
     for path in sorted(find_pictures(job.args.frames), key=natural_key):
         try:
-            images = job.read_images([path])['image']
+            frames.append((job, job.read_images([path]), job.title(path.name)))
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
-            continue
-        recons, masks, rgbs, *_ = job.run_model(images)
-        if previous is not None:
-            masks, rgbs = reorder_slots(previous, masks, rgbs)
-        previous = masks
-        figures.append(visualize_slots(images, recons, masks, None, rgbs, title=job.title(path.name)))
-    if not figures:
+    if not frames:
         raise DataError(f'no pictures in {job.args.frames}; --frames needs a folder with .png or .jpg files')
-    save_gif(figures, job.path('frames.gif'), milliseconds=200)
+    save_gif(draw_sequence(frames), job.path('frames.gif'), milliseconds=200)
 
 
 def natural_key(path: Path) -> list[str | int]:
-    """A key that sorts frame2 before frame10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', str(path))]
+
+
+def draw_sequence(frames: Iterable[tuple[Job, dict[str, Tensor], str]]) -> list[Figure]:
+    """A sheet of slots for each job, batch and title; slots are numbered as the most similar ones of the previous."""
+    figures, previous = [], None
+    for job, batch, title in frames:
+        recons, masks, rgbs, *_ = job.run_model(batch['image'])
+        if previous is not None:
+            masks, rgbs = reorder_slots(previous, masks, rgbs)
+        previous = masks
+        figures.append(visualize_slots(batch['image'], recons, masks, None, rgbs, batch.get('mask'), title))
+    return figures
 
 
 def render_sweep(job: Job) -> None:
@@ -745,17 +731,23 @@ def render_sweep(job: Job) -> None:
     visualize_sweep(table, job.path('sweep'))
 
 
+def remove_stale(paths: list[Path]) -> None:
+    """Deletes the figures NAME_N with higher numbers than in `paths`: those of an earlier run with more images."""
+    for path in paths:
+        name, _, number = path.stem.rpartition('_')
+        for n in count(int(number) + 1) if number.isdecimal() else ():
+            stale = path.with_stem(f'{name}_{n}')
+            if stale in paths or not stale.is_file() or CREATOR.encode() not in stale.read_bytes():
+                break  # the next figure of this run, or not a figure of this script
+            stale.unlink()
+
+
 def find_checkpoint(path: Path | None, log_dir: Path) -> Path | None:
     """The file at `path`, its last.pth if it is the folder of a run, or the newest file under `log_dir`, if any."""
     if path is None:
         return max(log_dir.rglob('*.pth'), key=lambda file: file.stat().st_mtime, default=None)
-    if not path.is_dir():
-        return path
-    if found := next((file for file in (path / 'last.pth', path / 'checkpoints/last.pth') if file.is_file()), None):
-        return found
-    raise CheckpointError(
-        f'no last.pth in {path} or {path / "checkpoints"}; --checkpoint needs a file or such a folder'
-    )
+    files = (path, path / 'last.pth', path / 'checkpoints/last.pth')
+    return next((file for file in files if file.is_file()), path)
 
 
 def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
@@ -764,7 +756,7 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
         command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
         print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model ({command} trains one)')
         torch.manual_seed(args.seed)
-        return Job(SlotAttentionAutoEncoder(ModelConfig()).eval(), DATA, 0, args)
+        return Job(SlotAttentionAutoEncoder(ModelConfig()).eval(), UNTRAINED_DATA, 0, args)
     print(f'rendering {path}')
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path)
@@ -782,18 +774,12 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
     return Job(model, data, step, args)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def create_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog='visualize.py', usage='python visualize.py [flags]', allow_abbrev=False,
         description='Draws the slots of a checkpoint for validation images or your own pictures.',
     )  # fmt: skip
+    parser.error = lambda message: parser.exit(2, f'visualize.py: error: {message}\n')  # one line, without the usage
 
     def add(group, name, help, **kwargs):
         default = '' if kwargs.get('default') is None else f' (default: {kwargs["default"]})'
@@ -809,7 +795,7 @@ def create_parser() -> argparse.ArgumentParser:
     add(modes, 'sweep', 'scores for each number of slots and iterations, also as CSV', action='store_true')
     add(modes, 'training', 'training curves of all runs under --log_dir', action='store_true')
     group = parser.add_argument_group('input')
-    add(group, 'checkpoint', 'file or folder of a run (default: the newest file under --log_dir)', type=Path, metavar='PATH')
+    add(group, 'checkpoint', 'file or folder of a run (default: the newest under --log_dir)', type=Path, metavar='PATH')
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
     add(group, 'image', 'pictures to draw instead of validation images', type=Path, nargs='+', metavar='PATH')
     add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
@@ -881,7 +867,7 @@ def render(args: argparse.Namespace) -> list[Path]:
     job = open_checkpoint(find_checkpoint(args.checkpoint, args.log_dir), args)
     modes = {'edit': render_edits, 'gif': render_attention_gifs, 'frames': render_frames, 'sweep': render_sweep}
     next((mode for flag, mode in modes.items() if getattr(args, flag)), render_images)(job)
-    job.remove_stale()
+    remove_stale(job.paths)
     return job.paths
 
 

@@ -304,7 +304,7 @@ def test_a_sweep_has_the_scores_of_every_call():
 
 # Command line
 
-DATA = visualize.DATA | dict(resolution=16, max_objects=3, min_objects=1)
+DATA = dict(dataset_type='shapes', resolution=16, max_objects=3, min_objects=1)
 
 
 def small_checkpoint(path, step=0, data=DATA):
@@ -537,7 +537,7 @@ def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsy
     seen = []
 
     def watched(images, *args, **kwargs):
-        seen.append((round((images[0, 0, 0, 0].item() + 1) * 127.5), kwargs['title']))
+        seen.append((round((images[0, 0, 0, 0].item() + 1) * 127.5), args[-1]))
         return visualize_slots(images, *args, **kwargs)
 
     monkeypatch.setattr(visualize, 'visualize_slots', watched)
@@ -560,7 +560,7 @@ def test_a_folder_means_its_last_checkpoint(capsys):
         assert run('--gif', '--checkpoint', folder, '--num_images', 1) == 0
     Path('empty').mkdir()
     assert run('--checkpoint', 'empty') == 2
-    assert 'no last.pth in empty' in capsys.readouterr().err
+    assert 'no checkpoint at empty' in capsys.readouterr().err
 
 
 def test_figures_of_an_earlier_run_with_more_images_go_but_no_other_files(capsys):
