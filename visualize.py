@@ -114,8 +114,8 @@ def visualize_slots(
 
     A slot's panel shows its colours times its mask on white. Raises ValueError for other shapes.
     """
-    for name, tensor, ndim in (('images', images, 4), ('recons', recons, 4), ('masks', masks, 5)):
-        _check(name, tensor, ndim)
+    _check(4, images=images, recons=recons)
+    _check(5, masks=masks)
     if rgbs is None:
         rgbs = recons[:, None].expand(-1, masks.shape[1], -1, -1, -1)
     rows, notes = [], None
@@ -133,9 +133,8 @@ def visualize_slots(
 
 
 def visualize_attention_evolution(
-    attn: Tensor, save_path: SavePath = None, images: Tensor | None = None, index: int = 0,
-    title: str | None = 'attention (ARI: with the previous iteration)',
-) -> Figure:  # fmt: skip
+    attn: Tensor, save_path: SavePath = None, images: Tensor | None = None, index: int = 0
+) -> Figure:
     """One row per iteration: the strongest slot at each position, and the attention of each slot, for one image.
 
     attn    [B, T, K, h, w] (or [T, K, h, w]), attention on the encoder's grid
@@ -152,7 +151,7 @@ def visualize_attention_evolution(
     notes = [f'iteration {t + 1}\nentropy {entropy[t]:.2f}' for t in range(len(attn))]
     for t in range(1, len(attn)):
         notes[t] += f'\nARI {adjusted_rand_index(found[t - 1 : t], found[t : t + 1]).item():.2f}'
-    return _sheet(rows, notes, title, save_path)
+    return _sheet(rows, notes, 'attention of the network (ARI: with the previous iteration)', save_path)
 
 
 def visualize_slot_decomposition(
@@ -170,21 +169,18 @@ def visualize_slot_decomposition(
     """
     image, recon = (x[0] if x.ndim == 4 else x for x in (original_image, reconstructed_image))
     masks = masks[0] if masks.ndim == 5 else masks
-    for name, tensor, ndim in (('original_image', image, 3), ('reconstructed_image', recon, 3), ('masks', masks, 4)):
-        _check(name, tensor, ndim)
+    _check(3, original_image=image, reconstructed_image=recon)
+    _check(4, masks=masks)
     rgbs = recon.expand(len(masks), -1, -1, -1) if rgbs is None else rgbs[0] if rgbs.ndim == 5 else rgbs
-    masks = masks.detach().float().cpu()
-    order, colours = slot_order(masks), slot_colours(masks)
-    sums = torch.cumsum((_unit(rgbs)[order] - 1) * masks[order], dim=0) + 1  # [K, 3, H, W], on white, in drawing order
-    sums = [Panel(s.permute(1, 2, 0).clamp(0, 1).numpy()) for s in sums]
-    shapes = [1 - mask[0, :, :, None].numpy() * (1 - colour) for mask, colour in zip(masks, colours, strict=True)]
+    alone, alpha, colours = _alone(rgbs, masks), _channels_last(masks), slot_colours(masks)
+    sums = 1 + np.cumsum(alone[slot_order(masks)] - 1, axis=0)  # [K, H, W, 3], on white, in drawing order
     rows = [
-        [Panel(_pixels(image), 'input'), *_slot_panels(shapes, masks)],
-        [Panel(_pixels(recon), 'reconstruction'), *_slot_panels(_alone(rgbs, masks), masks, named=False)],
-        [Panel(_error(image, recon), 'error'), *sums],
+        [Panel(_pixels(image), 'input'), *_slot_panels(1 - alpha * (1 - colours[:, None, None]), masks)],
+        [Panel(_pixels(recon), 'reconstruction'), *_slot_panels(alone, masks, named=False)],
+        [Panel(_error(image, recon), 'error'), *map(Panel, sums.clip(0, 1))],
     ]
     if labels is not None:
-        score = fg_ari(labels.reshape(-1, *labels.shape[-2:])[:1].cpu(), masks[None]).item()
+        score = fg_ari(labels.reshape(-1, *labels.shape[-2:])[:1].cpu(), masks[None].detach().cpu()).item()
         title = f'{title}: FG-ARI {score:.3f}' if title else f'FG-ARI {score:.3f}'
     return _sheet(rows, ['masks', 'slots\nalone', 'running\nsum'], title, save_path)
 
@@ -220,9 +216,7 @@ def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePat
         ax.set(xlabel=('steps', 'minutes')[row], ylabel=CURVES[tag], yscale='log' if tag == 'train/loss' else 'linear')
         ax.tick_params(colors=TEXT, which='both')
         ax.grid(color=TEXT, alpha=0.2)
-    fig.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=columns, frameon=False, fontsize=9
-    )
+    fig.legend(handles=axes[0, 0].lines, loc='outside lower center', ncols=columns, frameon=False, fontsize=9)
     return _saved(fig, save_path)
 
 
@@ -238,8 +232,7 @@ def visualize_sweep(table: list[dict[str, float]], save_path: SavePath = None) -
         values = np.array([[found[t, k] for k in K] for t in T])
         drawn = ax.imshow(values, cmap=cmap, aspect='auto')
         for (i, j), value in np.ndenumerate(values):
-            bright = drawn.cmap(drawn.norm(value))[1] > 0.55
-            colour = 'black' if bright else 'white'
+            colour = 'black' if drawn.cmap(drawn.norm(value))[1] > 0.55 else 'white'
             ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=9, color=colour)
         ax.set_title(title)
         ax.set_xticks(range(len(K)), K)
@@ -420,38 +413,37 @@ def slot_colours(masks: Tensor) -> np.ndarray:
     return colours
 
 
-def _check(name: str, tensor: Tensor, ndim: int) -> None:
-    if tensor.ndim != ndim:
-        raise ValueError(f'{name} must have {ndim} dimensions, not shape {list(tensor.shape)}')
-    if tensor.shape[-1] != tensor.shape[-2]:
-        raise ValueError(f'{name} must be square, not {tensor.shape[-2]} x {tensor.shape[-1]}')
+def _check(ndim: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.ndim != ndim:
+            raise ValueError(f'{name} must have {ndim} dimensions, not shape {list(tensor.shape)}')
+        if tensor.shape[-1] != tensor.shape[-2]:
+            raise ValueError(f'{name} must be square, not {tensor.shape[-2]} x {tensor.shape[-1]}')
 
 
-def _unit(images: Tensor) -> Tensor:
-    """[-1, 1] on any device -> [0, 1] float32 on the CPU."""
-    return images.detach().float().cpu().add(1).div(2).clamp(0, 1)
+def _channels_last(tensor: Tensor) -> np.ndarray:
+    """[..., C, H, W] of any device and float type -> [..., H, W, C] float32."""
+    return tensor.detach().float().cpu().movedim(-3, -1).numpy()
 
 
-def _pixels(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] -> [H, W, 3] in [0, 1]."""
-    return _unit(image).permute(1, 2, 0).numpy()
+def _pixels(images: Tensor) -> np.ndarray:
+    """[..., 3, H, W] in [-1, 1] -> [..., H, W, 3] in [0, 1]."""
+    return ((_channels_last(images) + 1) / 2).clip(0, 1)
 
 
 def _error(image: Tensor, recon: Tensor) -> np.ndarray:
     """Absolute difference of two images [3, H, W], averaged over the channels, as colours [H, W, 3]."""
-    error = (_unit(recon) - _unit(image)).abs().mean(dim=0)
-    return colormaps['inferno']((error * ERROR_SCALE).clamp(0, 1).numpy())[:, :, :3]
+    error = np.abs(_pixels(recon) - _pixels(image)).mean(axis=2)
+    return colormaps['inferno']((ERROR_SCALE * error).clip(0, 1))[:, :, :3]
 
 
-def _alone(rgbs: Tensor, masks: Tensor) -> list[np.ndarray]:
-    """Each slot on white: rgbs [K, 3, H, W], masks [K, 1, H, W] -> [H, W, 3] each."""
-    masks = masks.detach().float().cpu()
-    alone = _unit(rgbs) * masks + (1 - masks)
-    return list(alone.permute(0, 2, 3, 1).numpy())
+def _alone(rgbs: Tensor, masks: Tensor) -> np.ndarray:
+    """Each slot on white: rgbs [K, 3, H, W], masks [K, 1, H, W] -> [K, H, W, 3]."""
+    return 1 - _channels_last(masks) * (1 - _pixels(rgbs))
 
 
-def _slot_panels(pictures: list[np.ndarray], masks: Tensor, named: bool = True) -> list[Panel]:
-    """A panel for each slot's picture [H, W, 3] with its number, share and colour, in drawing order."""
+def _slot_panels(pictures: np.ndarray, masks: Tensor, named: bool = True) -> list[Panel]:
+    """A panel for each slot's picture, of [K, H, W, 3], with its number, share and colour, in drawing order."""
     shares, colours = slot_shares(masks).tolist(), slot_colours(masks)
     panels = []
     for k in slot_order(masks):
@@ -471,7 +463,10 @@ def _overlay(image: Tensor, masks: Tensor, scale: int = 4) -> np.ndarray:
     def enlarge(x: np.ndarray) -> np.ndarray:
         return x.repeat(scale, 0).repeat(scale, 1)
 
-    labels, grey = enlarge(segmentation(masks.detach()[None])[0].cpu().numpy()), enlarge(_grey(image))
+    labels, grey = (
+        enlarge(segmentation(masks.detach()[None])[0].cpu().numpy()),
+        enlarge(_pixels(image).mean(2, keepdims=True)),
+    )
     padded = np.pad(labels, 1, mode='edge')
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     outline = np.any([labels != neighbour for neighbour in neighbours], axis=0)
@@ -479,25 +474,20 @@ def _overlay(image: Tensor, masks: Tensor, scale: int = 4) -> np.ndarray:
     return grey + tint[:, :, None] * (slot_colours(masks)[labels] - grey)
 
 
-def _grey(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] -> [H, W, 1] in [0, 1]."""
-    return _pixels(image).mean(2, keepdims=True)
-
-
 def _attention(attn: Tensor, images: Tensor | None, index: int) -> tuple[Tensor, Tensor | None]:
     """The attention of one image, [T, K, H, W], enlarged to the image if there is one, and the image [3, H, W]."""
     attn = attn[None] if attn.ndim == 4 else attn
-    _check('attn', attn, 5)
+    _check(5, attn=attn)
     attn = attn[index].detach().float().cpu()
     if images is None:
         return attn, None
-    _check('images', images, 4)
+    _check(4, images=images)
     return F.interpolate(attn, images.shape[2:], mode='bilinear'), images[index]
 
 
 def _attention_row(maps: Tensor, last: Tensor, image: Tensor | None, named: bool = True) -> list[Panel]:
     """Segmentation and attention [K, H, W] of an iteration, in the order and colours of the last iteration."""
-    ground = np.zeros((*maps.shape[1:], 1)) if image is None else 0.45 * _grey(image)
+    ground = np.zeros((*maps.shape[1:], 1)) if image is None else 0.45 * _pixels(image).mean(2, keepdims=True)
     colours = slot_colours(last)
     strongest = Panel(colours[segmentation(maps[None])[0].numpy()], 'strongest' * named)
     heat = [ground + a[:, :, None] * (colour - ground) for a, colour in zip(maps.numpy(), colours, strict=True)]
@@ -660,8 +650,7 @@ def render_images(job: Job) -> None:
     recons, masks, rgbs, _, attn = job.run_model(images)
     visualize_slots(images, recons, masks, job.path('slots'), rgbs, labels, job.title())
     for i, image in enumerate(images):
-        note = 'attention of the network (ARI: with the previous iteration)'
-        visualize_attention_evolution(attn, job.path(f'attention_evolution_{i}'), images, i, note)
+        visualize_attention_evolution(attn, job.path(f'attention_evolution_{i}'), images, i)
         path, label = job.path(f'decomposition_{i}'), None if labels is None else labels[i]
         visualize_slot_decomposition(image, recons[i], masks[i], path, rgbs[i], label, job.title())
     for i, path in enumerate(job.args.image or ()):
@@ -847,7 +836,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def render(args: argparse.Namespace) -> list[Path]:
     """Writes the figures and returns their paths. Raises ValueError and OSError."""
     if args.training:
-        folders = sorted({file.parent for file in args.log_dir.rglob('events.out.tfevents.*')})
+        folders = sorted({file.parent for file in args.log_dir.rglob('events.out.tfevents.*')}, key=natural_key)
         if not folders:
             command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
             raise DataError(f'no training curves under {args.log_dir}; {command} writes some')
