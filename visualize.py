@@ -331,18 +331,24 @@ def visualize_edit(
     if min(map(len, slots)) < 2 or (len(slots) < 2 and edit != 'remove'):
         raise ValueError(f'{edit} needs at least 2 slots and {1 if edit == "remove" else 2} images')
 
-    def draw(slots: Tensor, title: str = '') -> Panel:
+    def decode(slots: Tensor) -> tuple[Tensor, Tensor]:
         rgbs, masks = model.decode(slots[None])
-        return Panel(_pixels((rgbs * masks).sum(1)[0]), title)
+        return rgbs[0], masks[0]  # [K, 3, H, W], [K, 1, H, W]
 
-    rows, largest = [], []  # largest: of each image, the index of the slot of its largest object, and a picture of it
-    for rgbs, masks in (model.decode(s[None]) for s in slots):
-        k = largest_objects(masks[0])[0]
-        largest.append((k, _alone(rgbs[0], masks[0])[k]))
-    for i, (ours, (k, object_k)) in enumerate(zip(slots, largest, strict=True)):
-        theirs, (l, object_l) = slots[(i + 1) % len(slots)], largest[(i + 1) % len(slots)]
+    def draw(slots: Tensor, title: str = '') -> Panel:
+        rgbs, masks = decode(slots)
+        return Panel(_pixels((rgbs * masks).sum(0)), title)
+
+    def largest(slots: Tensor, title: str) -> tuple[int, Panel]:
+        rgbs, masks = decode(slots)
+        (k,) = largest_objects(masks)
+        return k, Panel(_alone(rgbs, masks)[k], title)
+
+    rows = []
+    for i, ours in enumerate(slots):
+        theirs = slots[(i + 1) % len(slots)]
+        (k, mine), (l, next_object) = largest(ours, 'object'), largest(theirs, 'next object')
         image, next_image = draw(ours, 'image'), draw(theirs, 'next image')
-        mine, next_object = Panel(object_k, 'object'), Panel(object_l, 'next object')
         if edit == 'remove':
             row = [image, mine, draw(remove(ours, k), 'edited')]
         elif edit == 'copy':
@@ -786,7 +792,8 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('input')
     add(group, 'checkpoint', 'file or folder of a run (default: the newest under --log_dir)', type=Path, metavar='PATH')
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
-    add(group, 'image', 'pictures to draw instead of validation images', type=Path, nargs='+', metavar='PATH')
+    add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
+        'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')
     add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
     add(group, 'num_images', 'number of validation images (default: 8; with --sweep 32)', type=int, metavar='N')
     add(group, 'num_slots', 'number of slots (default: as in training)', type=int, metavar='N')
