@@ -29,7 +29,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, cycle
+from itertools import count, cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,10 +234,8 @@ def visualize_sweep(table: list[dict[str, float]], save_path: SavePath = None) -
         for (i, j), value in np.ndenumerate(values):
             colour = 'black' if drawn.cmap(drawn.norm(value))[1] > 0.55 else 'white'
             ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=9, color=colour)
-        ax.set_title(title)
-        ax.set_xticks(range(len(K)), K)
-        ax.set_yticks(range(len(T)), T)
-        ax.set(xlabel='slots', ylabel='iterations')
+        ax.set(title=title, xlabel='slots', ylabel='iterations')
+        ax.set(xticks=range(len(K)), xticklabels=K, yticks=range(len(T)), yticklabels=T)
         ax.tick_params(colors=TEXT, length=0)
         ax.spines[:].set_visible(False)
     return _saved(fig, save_path)
@@ -372,15 +370,14 @@ def sweep(
 
     Returns a list of rows num_slots, num_iterations, mse and, if the batch has masks, fg_ari.
     """
-    table, num_iterations = [], list(num_iterations)
-    for K in num_slots:
-        for T in num_iterations:
-            generator = torch.Generator().manual_seed(seed)
-            recons, masks, *_ = model(batch['image'], num_slots=K, num_iterations=T, generator=generator)
-            row = {'num_slots': K, 'num_iterations': T, 'mse': F.mse_loss(recons, batch['image']).item()}
-            if 'mask' in batch:
-                row['fg_ari'] = fg_ari(batch['mask'], masks).nanmean().item()
-            table.append(row)
+    table = []
+    for K, T in product(num_slots, num_iterations):
+        generator = torch.Generator().manual_seed(seed)
+        recons, masks, *_ = model(batch['image'], num_slots=K, num_iterations=T, generator=generator)
+        row = {'num_slots': K, 'num_iterations': T, 'mse': F.mse_loss(recons, batch['image']).item()}
+        if 'mask' in batch:
+            row['fg_ari'] = fg_ari(batch['mask'], masks).nanmean().item()
+        table.append(row)
     return table
 
 
@@ -469,10 +466,8 @@ def _overlay(image: Tensor, masks: Tensor, scale: int = 4) -> np.ndarray:
     def enlarge(x: np.ndarray) -> np.ndarray:
         return x.repeat(scale, 0).repeat(scale, 1)
 
-    labels, grey = (
-        enlarge(segmentation(masks.detach()[None])[0].cpu().numpy()),
-        enlarge(_pixels(image).mean(2, keepdims=True)),
-    )
+    labels = enlarge(segmentation(masks.detach()[None])[0].cpu().numpy())
+    grey = enlarge(_pixels(image).mean(2, keepdims=True))
     padded = np.pad(labels, 1, mode='edge')
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     outline = np.any([labels != neighbour for neighbour in neighbours], axis=0)
@@ -496,7 +491,7 @@ def _attention_row(maps: Tensor, last: Tensor, image: Tensor | None, named: bool
     ground = np.zeros((*maps.shape[1:], 1)) if image is None else 0.45 * _pixels(image).mean(2, keepdims=True)
     colours = slot_colours(last)
     strongest = Panel(colours[segmentation(maps[None])[0].numpy()], 'strongest' * named)
-    heat = [ground + a[:, :, None] * (colour - ground) for a, colour in zip(maps.numpy(), colours, strict=True)]
+    heat = ground + maps.numpy()[..., None] * (colours[:, None, None] - ground)  # [K, H, W, 3]
     return [strongest, *(Panel(heat[k], f'slot {k + 1}' * named, colours[k]) for k in slot_order(last))]
 
 
@@ -548,7 +543,8 @@ def _saved(fig: Figure, save_path: SavePath) -> Figure:
 def crop_box(width: int, height: int, dataset_type: str | None) -> tuple[float, float, float, float]:
     """The square of a picture that a model sees: left, top, right and bottom in pixels.
 
-    The centre; of landscape pictures for a CLEVR model the paper's window, rows 29 to 221 of 240 (Appendix E.1).
+    The centre. Of landscape pictures for a CLEVR model it is the paper's crop, rows 29 to 221 of 240; others are
+    taken to be cropped already.
     """
     side, middle = min(width, height), height / 2
     if dataset_type == 'clevr6' and width > height:
@@ -611,8 +607,8 @@ class Job:
             return self.read_images(self.args.image)
         try:
             dataset = create_dataset(split='val', size=self.args.num_images, **self.data)
-        except (TypeError, ArithmeticError) as error:
-            raise damaged(self.args.checkpoint, error) from error
+        except (TypeError, ArithmeticError) as error:  # of another version
+            raise CheckpointError(f'the data of the checkpoint, {self.data}, cannot be created: {error}') from error
         return dataset.__getitems__(list(range(len(dataset))))
 
     def read_images(self, paths: Iterable[Path]) -> dict[str, Tensor]:
@@ -621,9 +617,10 @@ class Job:
         return to_batch(np.stack([fit_picture(open_picture(p), self.model.config.resolution, kind) for p in paths]))
 
     def run_model(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-        """recons, masks, rgbs, slots and attn of images [B, 3, H, W]; slots is a list of B tensors [K, D].
+        """recons, masks, rgbs, slots and attn of images [B, 3, H, W].
 
-        With --search, they are those of the slots that remain after the search; attn is always the network's.
+        slots is a list of B tensors [K, D]. With --search, recons, masks, rgbs and slots are those after the search;
+        attn is the network's, and slots holds the present ones only.
         """
         args, model = self.args, self.model
         generator = torch.Generator().manual_seed(args.seed)
@@ -692,7 +689,7 @@ def render_frames(job: Job) -> None:
     frames = []
     for path in sorted(find_pictures(job.args.frames), key=natural_key):
         try:
-            frames.append((job, job.read_images([path]), job.title(path.name)))
+            frames.append((job, job.read_images([path]), job.title(path.name[:24])))  # frames must have one size
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
     if not frames:
@@ -701,6 +698,7 @@ def render_frames(job: Job) -> None:
 
 
 def natural_key(path: Path) -> list[str | int]:
+    """A sort key that compares the numbers in a path by value."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', str(path))]
 
 
@@ -737,21 +735,19 @@ def remove_stale(paths: list[Path]) -> None:
             stale.unlink()
 
 
-def find_checkpoint(path: Path | None, log_dir: Path) -> Path | None:
-    """The file at `path`, its last.pth if it is the folder of a run, or the newest file under `log_dir`, if any."""
-    if path is None:
-        return max(log_dir.rglob('*.pth'), key=lambda file: file.stat().st_mtime, default=None)
-    files = (path, path / 'last.pth', path / 'checkpoints/last.pth')
-    return next((file for file in files if file.is_file()), path)
-
-
 def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
-    """The model of a checkpoint, an untrained one for None. Raises CheckpointError."""
+    """The model of a checkpoint file or the folder of a run; default: the newest file under --log_dir.
+
+    Without any file, the model is untrained. Raises CheckpointError.
+    """
+    if path is None:
+        path = max(args.log_dir.rglob('*.pth'), key=lambda file: file.stat().st_mtime, default=None)
     if path is None:
         command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
         print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model ({command} trains one)')
         torch.manual_seed(args.seed)
         return Job(SlotAttentionAutoEncoder(ModelConfig()).eval(), UNTRAINED_DATA, 0, args)
+    path = next((file for file in (path / 'last.pth', path / 'checkpoints/last.pth') if file.is_file()), path)
     print(f'rendering {path}')
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path)
@@ -824,8 +820,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    for flag in UNUSED.keys() & given.keys():
-        for name in given.keys() & set(UNUSED[flag]):
+    for flag, name in ((flag, name) for flag in UNUSED for name in UNUSED[flag]):
+        if flag in given and name in given:
             parser.error(f'--{name} has no effect with --{flag}; leave it out')
     limits = {'num_images': (1, 1000), 'num_slots': (1, 254), 'num_iterations': (1, 1000), 'seed': (0, 2**63 - 1)}
     for name in limits.keys() & given.keys():
@@ -860,7 +856,7 @@ def render(args: argparse.Namespace) -> list[Path]:
         jobs = [jobs[step] for step in sorted(jobs)]
         render_emergence(jobs)
         return jobs[-1].paths
-    job = open_checkpoint(find_checkpoint(args.checkpoint, args.log_dir), args)
+    job = open_checkpoint(args.checkpoint, args)
     modes = {'edit': render_edits, 'gif': render_attention_gifs, 'frames': render_frames, 'sweep': render_sweep}
     next((mode for flag, mode in modes.items() if getattr(args, flag)), render_images)(job)
     remove_stale(job.paths)

@@ -617,11 +617,13 @@ def test_mistakes_on_the_command_line_cost_one_line(capsys, argv):
         (['--gif', '--checkpoint', 'my frames'], ['no checkpoints in my frames', 'python train.py --save_every 1']),
         (['--checkpoint', 'shapes.pth', '--data_dir', 'data'], ['--data_dir has no effect', 'shapes']),
         (['--checkpoint', 'bare.pth'], ['bare.pth', '--image']),
+        (['--checkpoint', 'newer.pth'], ['the data of the checkpoint', 'colours']),
     ],
 )
 def test_where_nothing_is_to_draw_the_message_says_what_to_do(capsys, flags, parts):
     Path('my frames').mkdir()
     small_checkpoint(Path('shapes.pth'))
+    small_checkpoint(Path('newer.pth'), data=DATA | {'colours': 3})
     save_checkpoint('bare.pth', small_model())
     assert run(*flags) == 2
     error = capsys.readouterr().err
