@@ -820,9 +820,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    for flag, name in ((flag, name) for flag in UNUSED for name in UNUSED[flag]):
-        if flag in given and name in given:
-            parser.error(f'--{name} has no effect with --{flag}; leave it out')
+    for flag, names in UNUSED.items():
+        for name in names:
+            if flag in given and name in given:
+                parser.error(f'--{name} has no effect with --{flag}; leave it out')
     limits = {'num_images': (1, 1000), 'num_slots': (1, 254), 'num_iterations': (1, 1000), 'seed': (0, 2**63 - 1)}
     for name in limits.keys() & given.keys():
         lowest, highest = limits[name]

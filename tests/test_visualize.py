@@ -1,4 +1,4 @@
-"""Figures come out for any number of slots, colours stay with their slots, the script finds its way."""
+"""Figures for any number of slots, a slot's colour in every panel, operations on slots, and the script."""
 
 import csv
 import gc
@@ -122,6 +122,20 @@ def test_the_last_running_sum_is_the_reconstruction():
     assert np.allclose(figure.axes[0].images[-1].get_array(), visualize._pixels(recons[0]), atol=1e-5)
 
 
+def test_images_without_labelled_objects_have_no_score_and_do_not_count():
+    images, recons, masks, _, rgbs, labels = scene(3)
+    labels[0], labels[1] = 0, 255
+    texts = texts_of(visualize_slots(images, recons, masks, None, rgbs, labels))
+    score = fg_ari(labels, masks)[2]
+    assert [text for text in texts if 'FG-ARI' in text] == [
+        f'FG-ARI\n{score:.2f}',
+        f'FG-ARI {score:.3f}, mean of 1 images',
+    ]
+    assert not any(
+        'FG-ARI' in text for text in texts_of(visualize_slots(images[:2], recons[:2], masks[:2], labels=labels[:2]))
+    )
+
+
 def test_the_error_is_dark_where_the_picture_is_right():
     right, wrong = torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)
     wrong[:, 3, 3] = 1
@@ -129,7 +143,7 @@ def test_the_error_is_dark_where_the_picture_is_right():
     assert bright[3, 3] and bright.sum() == 1
 
 
-def test_what_changed_between_iterations_is_said():
+def test_each_iteration_shows_its_entropy_and_its_ari_with_the_previous_one():
     attn = one_hot(torch.randint(0, 3, (1, 8, 8)), 3)[:, :, 0][:, None].repeat(1, 3, 1, 1, 1)
     attn[:, 0] = 1 / 3
     texts = texts_of(visualize_attention_evolution(attn))
@@ -160,7 +174,7 @@ def test_text_of_vector_files_is_text():
 
 def test_eight_images_are_rendered_within_two_seconds():
     images, recons, masks, _, rgbs, labels = scene(8, 7, 64)
-    visualize_slots(images[:1], recons[:1], masks[:1], 'first.png')  # fonts are looked for once
+    visualize_slots(images[:1], recons[:1], masks[:1], 'first.png')  # the first call searches for fonts
     start = time.process_time()
     visualize_slots(images, recons, masks, 'slots.png', rgbs, labels)
     assert time.process_time() - start < 2
@@ -204,7 +218,7 @@ def test_frames_that_are_alike_are_kept():
 
 
 def test_a_gif_keeps_the_colour_of_flat_areas():
-    """However many colours there are besides: a grey background is grey."""
+    """A grey background is grey, however many other colours there are."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     pixels[16:, :] = 207
     fig = Figure(figsize=(1, 1), dpi=64)
@@ -214,7 +228,7 @@ def test_a_gif_keeps_the_colour_of_flat_areas():
         assert np.abs(np.asarray(gif.convert('RGB'))[20:60, 4:60].astype(int) - 207).max() <= 1
 
 
-# Slots as handles
+# Operations on slots
 
 
 @pytest.mark.parametrize('order', [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])
@@ -231,7 +245,7 @@ def test_matching_recovers_a_permutation(order):
 
 
 def test_slots_are_put_in_the_order_of_others():
-    """Each image's by its own: how they are permuted may differ within a batch."""
+    """Each image has its own permutation."""
     masks, rgbs = torch.randn(2, 4, 1, 16, 16).mul(3).softmax(1), torch.rand(2, 4, 3, 16, 16)
     orders = torch.tensor([[2, 0, 3, 1], [3, 1, 0, 2]])[:, :, None, None, None]
     mixed = masks.take_along_dim(orders, 1), rgbs.take_along_dim(orders, 1)
@@ -313,7 +327,7 @@ def small_checkpoint(path, step=0, data=DATA):
     return path
 
 
-def test_the_newest_checkpoint_is_rendered(capsys):
+def test_the_newest_checkpoint_is_drawn(capsys):
     older = small_checkpoint(Path('logs/checkpoints/best_model.pth'))
     newer = small_checkpoint(Path('logs/run_1/checkpoints/last.pth'))
     os.utime(older, (1, 1))
@@ -325,7 +339,7 @@ def test_the_newest_checkpoint_is_rendered(capsys):
     assert {Path(line).name for line in printed[1:]} == names
 
 
-def test_without_a_checkpoint_the_model_is_untrained_and_said_to_be(capsys):
+def test_without_a_checkpoint_an_untrained_model_is_drawn_and_named_untrained(capsys):
     assert run('--num_images', 1, '--output_dir', 'elsewhere') == 0
     assert 'UNTRAINED' in capsys.readouterr().out
     assert Path('elsewhere/slots.png').is_file()
@@ -390,7 +404,7 @@ def test_how_slots_emerged_has_a_frame_for_each_step():
 
 
 def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
-    """Slots change places at random from call to call, but not in the figures."""
+    """The order of the slots is random in every call, but not in the figures."""
     path = small_checkpoint(Path('logs/checkpoints/last.pth'))
     rng, seen = np.random.default_rng(0), []
     Path('frames').mkdir()
@@ -398,7 +412,7 @@ def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
         picture = np.full((16, 16, 3), 90, np.uint8)
         picture[4:8, n : n + 5], picture[10:14, 9 - n : 14 - n] = (255, 0, 0), (0, 0, 255)
         Image.fromarray(picture).save(f'frames/{n:03d}.{"png" if n else "tif"}')
-    Image.new('L', (16, 16)).save('frames/001_mask.png')  # the labels of a picture are none
+    Image.new('L', (16, 16)).save('frames/001_mask.png')  # a mask is no frame
 
     def run_model(job, images):
         red, blue = images[:, 0] > 0.5, images[:, 2] > 0.5
@@ -620,7 +634,7 @@ def test_mistakes_on_the_command_line_cost_one_line(capsys, argv):
         (['--checkpoint', 'newer.pth'], ['the data of the checkpoint', 'colours']),
     ],
 )
-def test_where_nothing_is_to_draw_the_message_says_what_to_do(capsys, flags, parts):
+def test_a_message_names_the_source_and_the_remedy(capsys, flags, parts):
     Path('my frames').mkdir()
     small_checkpoint(Path('shapes.pth'))
     small_checkpoint(Path('newer.pth'), data=DATA | {'colours': 3})
