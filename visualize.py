@@ -144,14 +144,14 @@ def visualize_attention_evolution(
     A position in a slot's full colour is assigned to this slot alone. Each row gives the mean entropy over the
     slots, divided by log K, and the ARI with the previous iteration. Raises ValueError for other shapes.
     """
-    attn, image = _attention(attn, images, index)
-    rows = [_attention_row(maps, attn[-1], image, named=t == 0) for t, maps in enumerate(attn)]
+    attn, rows = _attention_rows(attn, images, index)
     entropy = torch.special.entr(attn).sum(1).mean((1, 2)) / np.log(max(attn.shape[1], 2))
     found = segmentation(attn)
     notes = [f'iteration {t + 1}\nentropy {entropy[t]:.2f}' for t in range(len(attn))]
     for t in range(1, len(attn)):
         notes[t] += f'\nARI {adjusted_rand_index(found[t - 1 : t], found[t : t + 1]).item():.2f}'
-    return _sheet(rows, notes, 'attention of the network (ARI: with the previous iteration)', save_path)
+    title = 'attention of the network (ARI: with the previous iteration)'
+    return _sheet(_titles_once(rows), notes, title, save_path)
 
 
 def visualize_slot_decomposition(
@@ -246,8 +246,7 @@ def visualize_sweep(table: list[dict[str, float]], save_path: SavePath = None) -
 
 def animate_attention(attn: Tensor, images: Tensor, save_path: str | os.PathLike, index: int = 0) -> None:
     """Writes a GIF with one frame per iteration; arguments as in visualize_attention_evolution()."""
-    attn, image = _attention(attn, images, index)
-    rows = [_attention_row(maps, attn[-1], image) for maps in attn]
+    _, rows = _attention_rows(attn, images, index)
     save_gif([_sheet([row], None, f'iteration {t}') for t, row in enumerate(rows, 1)], save_path)
 
 
@@ -357,8 +356,8 @@ def visualize_edit(
         else:
             blends = [torch.lerp(ours[k], theirs[l], weight) for weight in torch.linspace(0, 1, steps).tolist()]
             row = [image, mine, *(draw(paste(remove(ours, k), blend)) for blend in blends), next_object]
-        rows.append([panel._replace(title='') for panel in row] if rows else row)
-    return _sheet(rows, None, title or f'{edit}: {EDITS[edit]}', save_path)
+        rows.append(row)
+    return _sheet(_titles_once(rows), None, title or f'{edit}: {EDITS[edit]}', save_path)
 
 
 @torch.no_grad()
@@ -475,24 +474,28 @@ def _overlay(image: Tensor, masks: Tensor, scale: int = 4) -> np.ndarray:
     return grey + tint[:, :, None] * (slot_colours(masks)[labels] - grey)
 
 
-def _attention(attn: Tensor, images: Tensor | None, index: int) -> tuple[Tensor, Tensor | None]:
-    """The attention of one image, [T, K, H, W], enlarged to the image if there is one, and the image [3, H, W]."""
+def _attention_rows(attn: Tensor, images: Tensor | None, index: int) -> tuple[Tensor, list[list[Panel]]]:
+    """The attention of one image, [T, K, H, W], enlarged to the image if there is one, and a row per iteration.
+
+    A row has the strongest slot and each slot's attention, in the order and colours of the last iteration.
+    """
     attn = attn[None] if attn.ndim == 4 else attn
     _check(5, attn=attn)
-    attn = attn[index].detach().float().cpu()
-    if images is None:
-        return attn, None
-    _check(4, images=images)
-    return F.interpolate(attn, images.shape[2:], mode='bilinear'), images[index]
+    attn, ground = attn[index].detach().float().cpu(), np.zeros((1, 1, 1))
+    if images is not None:
+        _check(4, images=images)
+        attn = F.interpolate(attn, images.shape[2:], mode='bilinear')
+        ground = 0.45 * _pixels(images[index]).mean(2, keepdims=True)  # dark grey
+    colours, order, rows = slot_colours(attn[-1]), slot_order(attn[-1]), []
+    for maps, found in zip(attn.numpy(), segmentation(attn).numpy(), strict=True):
+        heat = ground + maps[..., None] * (colours[:, None, None] - ground)  # [K, H, W, 3]
+        rows.append([Panel(colours[found], 'strongest'), *(Panel(heat[k], f'slot {k + 1}', colours[k]) for k in order)])
+    return attn, rows
 
 
-def _attention_row(maps: Tensor, last: Tensor, image: Tensor | None, named: bool = True) -> list[Panel]:
-    """Segmentation and attention [K, H, W] of an iteration, in the order and colours of the last iteration."""
-    ground = np.zeros((*maps.shape[1:], 1)) if image is None else 0.45 * _pixels(image).mean(2, keepdims=True)
-    colours = slot_colours(last)
-    strongest = Panel(colours[segmentation(maps[None])[0].numpy()], 'strongest' * named)
-    heat = ground + maps.numpy()[..., None] * (colours[:, None, None] - ground)  # [K, H, W, 3]
-    return [strongest, *(Panel(heat[k], f'slot {k + 1}' * named, colours[k]) for k in slot_order(last))]
+def _titles_once(rows: list[list[Panel]]) -> list[list[Panel]]:
+    """The same panels with titles in the first row only."""
+    return rows[:1] + [[panel._replace(title='') for panel in row] for row in rows[1:]]
 
 
 @rc_context(STYLE)
