@@ -222,6 +222,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         num_slots: int | None = None,
         num_iterations: int | None = None,
         generator: torch.Generator | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
 
@@ -229,6 +230,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         num_slots       K, if no slots are given; default: as in training
         num_iterations  T; default: as in training
         generator       source of the noise of the initial slots, on the model's device
+        kwargs          further arguments of the Slot Attention module
 
         Raises ValueError for images that are not of the model's resolution.
         """
@@ -239,7 +241,7 @@ class SlotAttentionAutoEncoder(nn.Module):
             num_slots = self.config.num_slots if num_slots is None else num_slots
             slots = self.slot_attention.initial_slots(len(images), num_slots, generator)
         features = self.encoder(images)  # [B, N, C]
-        slots, attn = self.slot_attention(features, slots, num_iterations)  # [B, K, D], [B, T, K, N]
+        slots, attn = self.slot_attention(features, slots, num_iterations, **kwargs)  # [B, K, D], [B, T, K, N]
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -498,11 +500,17 @@ class FramedSlotAttention(SlotAttention):
 
     def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration: slots [B, K, D], k and v [B, N, D], slot_mask [B, K] -> slots, attn [B, K, N]."""
-        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
-        logits = q @ k.transpose(1, 2) * slots.shape[2] ** -0.5 - self.locality_penalty(slots)  # [B, K, N]
-        logits = logits.masked_fill(~slot_mask[:, :, None], torch.finfo(logits.dtype).min)
-        attn = logits.softmax(dim=1)  # Eq. 1, [B, K, N]
+        attn = self.logits(slots, k, slot_mask).softmax(dim=1)  # Eq. 1, [B, K, N]
         return self.update(slots, attn, v), attn
+
+    def logits(self, slots: Tensor, k: Tensor, slot_mask: Tensor) -> Tensor:
+        """Attention logits with locality bias [B, K, N]: slots [B, K, D], k [B, N, D], slot_mask [B, K]."""
+        q = self.project_q(self.norm_slots(slots))  # [B, K, D]
+        scales = slots[..., 2:FRAME].clamp(min=Glimpse.MIN_SCALE)
+        squares = to_slot_frame(self.grid, slots[..., :2], scales).square()  # [B, K, 2, w]
+        distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N], in the slot's frame
+        logits = q @ k.transpose(1, 2) * slots.shape[2] ** -0.5 - F.softplus(self.locality_bias) * distance
+        return logits.masked_fill(~slot_mask[:, :, None], torch.finfo(logits.dtype).min)
 
     def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
         """Slots [B, K, D] updated with what they attend to: attn [B, K, N], v [B, N, D]."""
@@ -518,7 +526,7 @@ class FramedSlotAttention(SlotAttention):
         self, slots: Tensor, attn: Tensor, slot_mask: Tensor, inputs: Tensor, k: Tensor, v: Tensor, t: int, T: int,
         moves: int, drops: int, trace: Trace | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Moves or drops the least needed slot after iteration t of T, if it is time: slots [B, K, D], slot_mask [B, K].
+        """Moves or drops the least needed slot after iteration t of T, if it is due: slots [B, K, D], slot_mask [B, K].
 
         moves, drops  0: record the state for the training of the heads, but change nothing
         """
@@ -537,16 +545,15 @@ class FramedSlotAttention(SlotAttention):
         return torch.where(chosen[:, :, None], self.update(slots, worst[:, None].expand_as(attn), v), slots), slot_mask
 
     def redundant_slot(self, slots: Tensor, attn: Tensor, slot_mask: Tensor, threshold: float = 0.0) -> Tensor:
-        """The least needed slot of each image, if its logit is below the threshold and others are present: bool [B, K]."""
+        """The least needed slot of each image, if its logit is below the threshold and others exist: bool [B, K]."""
         logit, index = self.keep_head(slots, attn, slot_mask).min(dim=1)  # [B] each
         redundant = (logit < threshold) & (slot_mask.sum(dim=1) > 1)  # [B]
         return F.one_hot(index, slots.shape[1]).bool() & redundant[:, None]
 
     def predicted_error(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor, k: Tensor) -> Tensor:
         """The logarithm of the squared error that ErrorHead predicts at each position: [B, N]."""
-        q = self.project_q(self.norm_slots(slots))
-        logits = q @ k.transpose(1, 2) * slots.shape[2] ** -0.5 - self.locality_penalty(slots)  # [B, K, N]
-        evidence = logits.masked_fill(~slot_mask[:, :, None], -1e4).logsumexp(dim=1)
+        with torch.no_grad():  # only the head learns from its loss
+            evidence = self.logits(slots, k, slot_mask).logsumexp(dim=1)  # [B, N]
         return self.error_head(inputs, slots, attn, evidence)
 
     def add_glimpse(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
@@ -572,13 +579,6 @@ class FramedSlotAttention(SlotAttention):
         variance = (marginals @ self.grid.square() - positions.square()).mean(dim=2, keepdim=True)
         scales = (variance + self.MIN_SCALE**2).clamp(min=1e-6).sqrt()  # [B, K, 1]
         return positions, scales
-
-    def locality_penalty(self, slots: Tensor) -> Tensor:
-        """Squared distance of each input to each slot, in the slot's frame, times a learned factor: [B, K, N]."""
-        scales = slots[..., 2:FRAME].clamp(min=Glimpse.MIN_SCALE)
-        squares = to_slot_frame(self.grid, slots[..., :2], scales).square()  # [B, K, 2, w]
-        distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N]
-        return F.softplus(self.locality_bias) * distance
 
 
 class Glimpse(nn.Module):
