@@ -63,7 +63,6 @@ from slot_attention import (
     adjusted_rand_index,
     build_model,
     damaged,
-    decode_partial,
     fg_ari,
     load_checkpoint,
     prune_and_reseed,
@@ -630,12 +629,11 @@ class Job:
         num_slots = args.num_slots or model.config.num_slots
         initial = model.slot_attention.initial_slots(len(images), num_slots, generator)
         slots, attn = model.encode(images, initial, num_iterations=args.num_iterations)
-        slot_mask = torch.ones(slots.shape[:2], dtype=torch.bool)
         if args.search:
-            slots, slot_mask = prune_and_reseed(model, images, initial)
-            slots = refine(model, images, slots, slot_mask)
-        rgbs, masks = decode_partial(model, slots, slot_mask=slot_mask)
-        present = [s[mask] for s, mask in zip(slots, slot_mask, strict=True)]
+            slots = prune_and_reseed(model, images, initial, num_iterations=args.num_iterations)
+            slots = refine(model, images, slots)
+        rgbs, masks = model.decode(slots)
+        present = [s[mask.amax((1, 2, 3)) > 0] for s, mask in zip(slots, masks, strict=True)]
         return (rgbs * masks).sum(1), masks, rgbs, present, attn
 
     def title(self, *parts: str) -> str | None:
@@ -814,7 +812,6 @@ UNUSED = {
     'training': ('checkpoint', 'image', 'data_dir', 'num_images', 'num_slots', 'num_iterations', 'search', 'seed'),
     'checkpoint': ('log_dir',),
     'image': ('data_dir', 'num_images'),
-    'search': ('num_iterations',),
 }
 
 
