@@ -180,34 +180,33 @@ class ShapesDataset(ImagesInMemory):
         image = np.full((3, self.resolution, self.resolution), 255 * rng.uniform(0.1, 0.9), np.float32)
         labels = np.zeros((self.resolution, self.resolution), np.uint8)
         count = rng.integers(self.min_objects, self.max_objects, endpoint=True)
-        areas = np.zeros(count + 1, int)  # full area of label 1, 2, ... in pixels
-        visible = np.zeros(count + 1, int)  # area that is not hidden by later objects
+        areas = np.zeros(count + 1, int)  # full area of each label in pixels; 0: the background may be hidden
         for label in range(1, count + 1):
-            (rows, columns), coverage, hidden = self._place(rng, labels, areas, visible)
+            (rows, columns), coverage = self._place(rng, labels, areas)
             inside = coverage > 0.5
+            hsv = rng.uniform((0, 0.6, 0.6), 1)  # saturated enough to stand out from any grey
+            colour = 255 * np.array(colorsys.hsv_to_rgb(*hsv), np.float32)[:, None, None]  # (3, 1, 1)
             behind = image[:, rows, columns]
-            behind += coverage * (255 * random_colour(rng)[:, None, None] - behind)
+            behind += coverage * (colour - behind)
             labels[rows, columns][inside] = label
-            visible -= hidden
-            areas[label] = visible[label] = np.count_nonzero(inside)
+            areas[label] = np.count_nonzero(inside)
         return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels  # (H, W, 3), (H, W)
 
-    def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray, visible: np.ndarray):
+    def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray):
         """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible.
 
-        Returns the window of the image that contains it (two slices), the coverage [h, w] in [0, 1] of
-        the pixels of the window, and the number of pixels that the object hides of each label.
+        Returns the window of the image that contains it (two slices) and the coverage [h, w] of its pixels in [0, 1].
         """
         shape = SHAPES[rng.integers(len(SHAPES))]
         radius = max(rng.uniform(self.MIN_SIZE, self.MAX_SIZE) * self.resolution, self.MIN_RADIUS)
+        visible = np.bincount(labels.ravel(), minlength=len(areas))  # pixels of each label
         while True:
             for _ in range(20):
                 x, y = rng.uniform(radius, self.resolution - radius, 2)
                 window, coverage = self._rasterise(shape, x, y, radius, rng.uniform(0, 2 * np.pi))
                 hidden = np.bincount(labels[window][coverage > 0.5], minlength=len(areas))
-                hidden[0] = 0  # the background may be hidden
                 if (visible - hidden >= self.MIN_VISIBLE * areas).all():
-                    return window, coverage, hidden
+                    return window, coverage
             radius = max(0.8 * radius, self.MIN_RADIUS)  # a smaller object fits into a crowded image
 
     def _rasterise(self, shape: str, x: float, y: float, radius: float, angle: float):
@@ -227,12 +226,6 @@ class ShapesDataset(ImagesInMemory):
             edges = [math.cos(normal) * dx + math.sin(normal) * dy for normal in normals]
             distance = np.maximum.reduce(edges) - apothem
         return (rows, columns), (0.5 - distance).clip(0, 1)
-
-
-def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """Returns a random RGB colour in [0, 1], saturated enough to stand out from any grey."""
-    hue, saturation, value = rng.uniform((0, 0.6, 0.6), 1)
-    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
 
 
 # --- Published data sets ---------------------------------------------------------------------
