@@ -245,7 +245,6 @@ class Published:
     backgrounds: int = 1  # number of leading masks of a record that are background
     entities_last: bool = False  # masks are [H, W, N, 1] instead of [N, H, W, 1]
     window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
-    records: int = 100_000  # later records are not used
 
 
 VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
@@ -255,6 +254,7 @@ PUBLISHED = {
     'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35),
     'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4),
 }
+MAX_RECORDS = 100_000  # later records of a source are not used
 SHARES = (0.7, 0.15, 0.15)  # train, val, test; of CLEVR's 100,000 records the paper trains on the first 70,000
 
 
@@ -264,7 +264,7 @@ class Scene:
     labels: np.ndarray | None  # uint8 [resolution, resolution]
     num_objects: int
     record: int  # number within the source
-    split: int | None = None  # index into SPLITS, if the source itself has splits
+    split: int = 0  # index into SPLITS, if the source itself has splits
 
 
 def read_records(path: Path) -> Iterator[bytes]:
@@ -276,10 +276,9 @@ def read_records(path: Path) -> Iterator[bytes]:
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
     number, again = 0, 'delete the file and fetch it again'
-    with open(path, 'rb') as raw:
-        zipped = raw.read(2) == b'\x1f\x8b'
-        raw.seek(0)
-        file = gzip.GzipFile(fileobj=raw) if zipped else raw
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'\x1f\x8b'
+    with (gzip.open if zipped else open)(path, 'rb') as file:
         try:
             while header := file.read(12):
                 length, checksum = struct.unpack('<QI', header)
@@ -303,10 +302,10 @@ name: "example.proto" package: "published" syntax: "proto3"
 message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
 message_type { name: "Feature" field { name: "bytes_list" number: 1 type: TYPE_BYTES }
   field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".published.FloatList" } }
-message_type { name: "Features" field { name: "feature" number: 1
-    type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Features.FeatureEntry" }
-  nested_type { name: "FeatureEntry" options { map_entry: true } field { name: "key" number: 1 type: TYPE_STRING }
-    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } } }
+message_type { name: "Entry" field { name: "key" number: 1 type: TYPE_STRING }
+  field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } }
+message_type { name: "Features"
+  field { name: "feature" number: 1 type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Entry" } }
 message_type { name: "Example"
   field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" } }
 """
@@ -320,7 +319,7 @@ def example_class() -> type:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
 
 
-def bytes_of(features, name: str, pixels: int) -> np.ndarray:
+def bytes_of(features: dict, name: str, pixels: int) -> np.ndarray:
     """Returns the one-byte strings of a feature, uint8 [n * pixels]. Each is serialised as 0A 01 and the byte."""
     require(name in features, f'it has no {name!r}')
     wire = np.frombuffer(features[name].bytes_list, np.uint8)
@@ -329,14 +328,14 @@ def bytes_of(features, name: str, pixels: int) -> np.ndarray:
     return wire[2::3]
 
 
-def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns the image [h, w, 3] within the window, labels [resolution, resolution] and the number of objects.
+def decode_record(number: int, payload: bytes, source: Published, resolution: int) -> Scene:
+    """Decodes record `number`. Raises DataError for one that does not hold what `source` says.
 
     `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`,
-    an object is counted if its mask has a pixel. Raises DataError.
+    an object is counted if its mask has a pixel.
     """
     try:
-        features = example_class().FromString(payload).features.feature
+        features = {entry.key: entry.value for entry in example_class().FromString(payload).features.feature}
     except DecodeError as error:
         raise DataError('it is damaged or not a tf.train.Example; fetch the file again') from error
     height, width = source.height, source.width
@@ -347,30 +346,26 @@ def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[n
         masks = masks.reshape(height, width, -1).transpose(2, 0, 1)  # (N, H, W)
     else:
         masks = masks.reshape(-1, height, width)
-    rows, columns = (nearest(length, resolution) for length in image.shape[:2])
-    # Resizing before argmax leaves fewer pixels to take the argmax of.
+    # Labels are resized to the nearest pixel, before argmax: this leaves fewer pixels to take it of.
+    rows, columns = (((np.arange(resolution) + 0.5) * side / resolution).astype(int) for side in image.shape[:2])
     strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
     labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
     if 'visibility' in features:
         visible = np.array(features['visibility'].float_list.value) > 0
     else:
         visible = masks.any(axis=(1, 2))
-    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible[source.backgrounds :].sum())
-
-
-def nearest(length: int, size: int) -> np.ndarray:
-    """Returns the indices [size] that nearest-neighbour resizing takes from `length` pixels."""
-    return ((np.arange(size) + 0.5) * length / size).astype(int)
+    num_objects = int(visible[source.backgrounds :].sum())
+    return Scene(np.repeat(image, 3 // image.shape[2], axis=2), labels, num_objects, number)
 
 
 def read_published(path: Path, source: Published, resolution: int) -> Iterator[Scene]:
     """Yields the scenes of a published file. Raises DataError, with the number of the record, for a damaged one."""
-    for number, payload in enumerate(read_records(path)):
+    for number, payload in enumerate(itertools.islice(read_records(path), MAX_RECORDS)):
         try:
-            image, labels, count = decode_record(payload, source, resolution)
+            scene = decode_record(number, payload, source, resolution)
         except DataError as error:
             raise DataError(f'{path}: record {number} is not as expected: {error}') from error
-        yield Scene(image, labels, count, number)
+        yield scene
 
 
 def read_clevr_v1(folder: Path) -> Iterator[Scene]:
@@ -378,7 +373,7 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
 
     Raises DataError for a JSON file that does not list scenes, and for missing pictures.
     """
-    scenes = []
+    scenes = []  # picture, number of objects, split
     for name in ('train', 'val'):
         file = folder / 'scenes' / f'CLEVR_{name}_scenes.json'
         if not file.is_file():
@@ -393,11 +388,11 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
         if missing:
             count = f'{len(missing)} of the {len(listed)} pictures that {file} names are missing'
             raise DataError(f'{count}, the first is {missing[0]}; fetch them again')
-        for index, (picture, count) in enumerate(listed):
-            scenes.append((picture, count, 0 if name == 'train' else 1 + (index >= len(listed) / 2)))
+        half = len(listed) / 2
+        scenes += [(*scene, 0 if name == 'train' else 1 if i < half else 2) for i, scene in enumerate(listed)]
     require(len(scenes) > 0, f'{folder / "scenes"} has neither CLEVR_train_scenes.json nor CLEVR_val_scenes.json')
-    for number, (picture, count, split) in enumerate(scenes):
-        yield Scene(crop_clevr(picture), None, count, number, split)
+    for number, (picture, num_objects, split) in enumerate(scenes):
+        yield Scene(crop_clevr(picture), None, num_objects, number, split)
 
 
 def crop_clevr(path: Path) -> np.ndarray:
