@@ -498,25 +498,24 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
         mask_dir = next((path for path in folder.parent.iterdir() if path.name.lower() == 'masks'), None)
     keys = {path: key_of(path, folder) for path in walk(folder, leave_out=mask_dir)}
     folders = {str(parent) for key in keys.values() for parent in PurePosixPath(key).parents}
-    pictures, masks = {}, []  # keys of pictures; masks with the key of their picture
+    pictures, masks = {}, {}  # the key of each picture, and for each mask the key of its picture
     for path, key in keys.items():
         parallel = re.match('(|.*/)masks/', key)
         if parallel and f'{parallel[1]}images' in folders:
-            masks.append((f'{parallel[1]}images/{key[parallel.end() :]}', path))
+            masks[path] = f'{parallel[1]}images/{key[parallel.end() :]}'
         elif key.endswith('_mask'):
-            masks.append((key, path))
+            masks[path] = key
         else:
             pictures[path] = key
     if mask_dir:
-        masks = [(key_of(path, mask_dir), path) for path in walk(mask_dir)]
+        masks = {path: key_of(path, mask_dir) for path in walk(mask_dir)}
     by_key: dict[str, Path] = {}
-    for key, mask in masks:
+    for mask, key in masks.items():
         other = by_key.setdefault(key.removesuffix('_mask'), mask)
         require(other == mask, f'{other} and {mask} are masks of the same picture; remove one of them')
     # Below mask_dir, the folder `images` may be missing.
-    mask_of = {
-        path: by_key.get(key) or by_key.get(re.sub('(^|/)images/', r'\1', key)) for path, key in pictures.items()
-    }
+    shorter = {key: re.sub('(^|/)images/', r'\1', key) for key in pictures.values()}
+    mask_of = {path: by_key.get(key) or by_key.get(shorter[key]) for path, key in pictures.items()}
     return mask_of, sorted(set(by_key.values()) - set(mask_of.values()))
 
 
@@ -579,35 +578,33 @@ class PictureFolder(ImagesInMemory):
         self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128,
         mask_dir: str | os.PathLike | None = None,
     ):  # fmt: skip
-        self.folder, self.resolution = Path(folder), resolution
-        mask_dir = None if mask_dir is None else Path(mask_dir)
-        for flag, path in (('data_dir', self.folder), ('mask_dir', mask_dir)):
+        folder, mask_dir, self.resolution = Path(folder), mask_dir and Path(mask_dir), resolution
+        for flag, path in (('data_dir', folder), ('mask_dir', mask_dir)):
             require(path is None or path.is_dir(), f'no folder {path}; --{flag} must name an existing folder')
-        mask_of, alone = find_masks(self.folder, mask_dir)
+        mask_of, alone = find_masks(folder, mask_dir)
         formats = ', '.join(PICTURES)
         require(len(mask_of) >= 3, f'{folder} holds {len(mask_of)} pictures ({formats}); at least 3 are needed')
-        names = {path: path.relative_to(self.folder).as_posix() for path in mask_of}
+        names = {path: path.relative_to(folder).as_posix() for path in mask_of}
         sizes = {file: file.stat().st_size for pair in mask_of.items() for file in pair if file}  # bytes
-        self.fingerprint = digest(
-            *sorted((name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items())
-        )
+        files = [(name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items()]
+        self.fingerprint = digest(*sorted(files))
         paths = split_by_name(names)[split][:size]
         fits = len(paths) * resolution**2 * 4 <= psutil.virtual_memory().available / 2
         require(fits, f'{len(paths)} pictures do not fit in memory: use a smaller --resolution or --train_size')
-        self.problems = [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
-        if split != 'train':  # report masks without a picture once, not for each split
-            self.problems.clear()
+        self.problems = []
+        if split == 'train':  # report masks without a picture once, not for each split
+            self.problems += [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
         with ThreadPool() as pool:  # PIL decodes without holding the interpreter lock
             read = pool.imap(lambda path: self._read(path, mask_of[path]), paths)
             read = tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
             found = [pair for pair in read if pair is not None]
         require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read')
-        self.images = np.stack([image for image, _ in found])
-        labels = [labels for _, labels in found if labels is not None]
-        self.num_masks = len(labels)
-        if labels:
-            ignored = np.full_like(labels[0], IGNORE)
-            self.labels = np.stack([ignored if labels is None else labels for _, labels in found])
+        images, labels = zip(*found, strict=True)
+        self.images = np.stack(images)
+        self.num_masks = sum(mask is not None for mask in labels)
+        if self.num_masks:
+            ignored = np.full((resolution, resolution), IGNORE, np.uint8)
+            self.labels = np.stack([ignored if mask is None else mask for mask in labels])
             if not (self.labels % IGNORE).any():
                 meaning = f'0 is the background, and {IGNORE} marks pixels that no score counts'
                 self.problems.append(f'no {split} mask has an object; number objects from 1: {meaning}')
@@ -635,34 +632,37 @@ class PictureFolder(ImagesInMemory):
 # --- Preparing -------------------------------------------------------------------------------
 
 
-def prepared_path(
-    dataset: str, folder: Path, resolution: int, max_objects: int, variant: str, limit: int | None = None
-) -> Path:
+def prepared_path(dataset: str, folder: Path, size: int, max_objects: int, variant: str, limit: int | None) -> Path:
     """Returns the file that prepare() writes for these arguments."""
     name = f'{dataset}_{variant}' if dataset == 'multi_dsprites' else dataset
-    return folder / f'{name}_{resolution}_max{max_objects}{"" if limit is None else f"_limit{limit}"}.h5'
+    return folder / f'{name}_{size}_max{max_objects}{"" if limit is None else f"_limit{limit}"}.h5'
 
 
-def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
-    """Returns the published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`, or None."""
+def find_source(dataset: str, data_dir: Path, variant: str, url: str | None, fetch: bool) -> Path:
+    """Returns the published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`.
+
+    If there is none, downloads the file with `fetch`, and raises DataError, which says how to get it, without.
+    """
     require(not data_dir.is_file(), f'--data_dir must name the folder that contains {data_dir}, not the file')
-    path = Path(PUBLISHED[dataset].path.format(variant))
-    candidates = [data_dir / path.name, data_dir / path]
+    published = PUBLISHED[dataset].path.format(variant)
+    file = data_dir / Path(published).name
+    candidates = [file, data_dir / published]
     if dataset == 'clevr6':
         candidates += [folder for folder in (data_dir / 'CLEVR_v1.0', data_dir) if (folder / 'scenes').is_dir()]
-    return next((candidate for candidate in candidates if candidate.exists()), None)
-
-
-def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
-    """Returns the message for a published data set that is not in `data_dir`: how to get it."""
-    source = PUBLISHED[dataset]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    if fetch:
+        download(url or f'{BUCKET}/{published}', file)
+        return file
     folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
-    size = '' if source.gigabytes is None else f' ({source.gigabytes} GB)'
+    gigabytes = PUBLISHED[dataset].gigabytes
+    size = f' ({gigabytes} GB)' if gigabytes else ''
     flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
-    return (
-        f'{data_dir} has no {dataset}: it needs {Path(source.path.format(variant)).name}{size}{folder}.\n'
+    raise DataError(
+        f'{data_dir} has no {dataset}: it needs {file.name}{size}{folder}.\n'
         f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {quote(str(data_dir))}\n'
-        f'  to download it yourself: {BUCKET}/{source.path.format(variant)}'
+        f'  to download it yourself: {BUCKET}/{published}'
     )
 
 
@@ -675,35 +675,33 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(attempts):
         try:
-            total = _fetch(url, part)
-            if part.exists() and part.stat().st_size == total:
+            if _fetch(url, part):
                 os.replace(part, path)
                 return
             reason = 'the connection was closed'
-        except ValueError as error:
-            raise DataError(f'{url} cannot be downloaded: {error}') from error
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
+        except (ValueError, urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            if isinstance(error, ValueError) or 400 <= getattr(error, 'code', 0) < 500:
                 raise DataError(f'{url} cannot be downloaded: {error}; try another --url') from error
-            reason = str(getattr(error, 'reason', error))
+            reason = getattr(error, 'reason', error)
         time.sleep(attempt)
-    megabytes = part.stat().st_size / 1e6 if part.exists() else 0
-    raise DataError(f'{url}: {reason} after {megabytes:,.1f} MB; run the same command again to continue from there')
+    raise DataError(
+        f'{url}: {reason} after {size_of(part) / 1e6:,.1f} MB; run the same command again to continue from there'
+    )
 
 
-def _fetch(url: str, part: Path) -> int | None:
-    """Appends the missing bytes to `part`. Returns the size of the whole file, or None if `part` was another file."""
-    done = part.stat().st_size if part.exists() else 0
+def _fetch(url: str, part: Path) -> bool:
+    """Appends the missing bytes to `part`. Returns whether it is complete."""
+    done = size_of(part)
     request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing lies beyond `done`
             raise
-        if (error.headers.get('Content-Range') or '').endswith(f'/{done}'):
-            return done
-        part.unlink()
-        return None
+        complete = (error.headers.get('Content-Range') or '').endswith(f'/{done}')
+        if not complete:  # `part` was of another file
+            part.unlink()
+        return complete
     with response:
         if response.status != 206:
             done = 0  # the server sends the whole file
@@ -714,7 +712,12 @@ def _fetch(url: str, part: Path) -> int | None:
             while block := response.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
-    return part.stat().st_size if total is None else total
+    return total is None or size_of(part) == total
+
+
+def size_of(path: Path) -> int:
+    """Returns the size of a file in bytes; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def prepare(
@@ -742,17 +745,9 @@ def prepare(
     for a folder that cannot be written to.
     """
     source, data_dir = PUBLISHED[dataset], Path(data_dir)
-    raw = find_source(dataset, data_dir, variant)
-    if raw is None:
-        if not fetch:
-            raise DataError(missing_source(dataset, data_dir, variant))
-        raw = data_dir / Path(source.path.format(variant)).name
-        download(url or f'{BUCKET}/{source.path.format(variant)}', raw)
-    if raw.is_dir():
-        scenes = read_clevr_v1(raw)
-    else:
-        scenes = itertools.islice(read_published(raw, source, resolution), source.records)
+    raw = find_source(dataset, data_dir, variant, url, fetch)
     require(os.access(raw, os.R_OK), f'{raw} cannot be read; check its permissions')
+    scenes = read_published(raw, source, resolution) if raw.is_file() else read_clevr_v1(raw)
     path = prepared_path(dataset, Path(output_dir or data_dir), resolution, max_objects, variant, limit)
     part = path.with_name(f'.{path.name}.{os.getpid()}')  # differs from that of any other process
     try:
@@ -761,7 +756,7 @@ def prepare(
         with h5py.File(part, 'w') as file:
             file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
             file.attrs['window'] = str(source.window)
-            seen = _write_scenes(file, scenes, resolution, max_objects, limit)
+            seen = write_scenes(file, scenes, resolution, max_objects, limit)
             if raw.is_file():
                 ends = np.cumsum(SHARES[:-1]) * count_records(raw, source, seen if limit is None else None)
                 file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
@@ -792,55 +787,52 @@ def remove_leftovers(folder: Path, raw: Path) -> None:
 def count_records(path: Path, source: Published, seen: int | None) -> int:
     """Returns the number of records that the splits are computed from; `seen` if the file was read to its end.
 
-    A file of at least 90 % of the published size is not read again: it has `source.records`.
+    A file of at least 90 % of the published size is not read again: it has MAX_RECORDS.
     """
     if source.gigabytes and path.stat().st_size > 0.9e9 * source.gigabytes:
-        return source.records
+        return MAX_RECORDS
     if seen is not None:
         return seen
-    records = itertools.islice(read_records(path), source.records)
+    records = itertools.islice(read_records(path), MAX_RECORDS)
     return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
 
 
-def _write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
-    """Writes scenes to `file`, 64 at a time, and returns the number read. Raises DataError if none is kept."""
+def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
+    """Writes the arrays described in prepare(), 64 scenes at a time, and returns the number of scenes read.
+
+    All scenes have labels or none has. Raises DataError if none has at most `max_objects`.
+    """
     seen = 0
 
-    def kept() -> Iterator[Scene]:
+    def within_max_objects() -> Iterator[Scene]:
         nonlocal seen
         for scene in tqdm(scenes, 'preparing', unit=' scenes', disable=None):
             seen += 1
             if scene.num_objects <= max_objects:
                 yield scene
 
-    some = itertools.islice(kept(), limit)
-    while batch := list(itertools.islice(some, 64)):
-        _append_scenes(file, batch, size)
+    kept = itertools.islice(within_max_objects(), limit)
+    while batch := list(itertools.islice(kept, 64)):
+        arrays = {
+            'image': resize([scene.image for scene in batch], size),
+            'num_objects': np.array([scene.num_objects for scene in batch], np.int32),
+            'record': np.array([scene.record for scene in batch], np.int32),
+            'split': np.array([scene.split for scene in batch], np.int8),
+        }
+        if batch[0].labels is not None:
+            arrays['mask'] = np.stack([scene.labels for scene in batch])
+        for name, array in arrays.items():
+            if name not in file:
+                shape = array.shape[1:]
+                file.create_dataset(
+                    name, (0, *shape), array.dtype, maxshape=(None, *shape), chunks=(1, *shape) if shape else (1024,),
+                    compression='gzip' if name == 'mask' else None,  # makes masks a hundred times smaller
+                )  # fmt: skip
+            file[name].resize(len(file[name]) + len(array), axis=0)
+            file[name][-len(array) :] = array
     require('image' in file, f'none of {seen} scenes has at most {max_objects} objects')
     file.attrs['scenes_read'] = seen
     return seen
-
-
-def _append_scenes(file: h5py.File, scenes: list[Scene], resolution: int) -> None:
-    """Appends scenes, which all have labels or all have none, to the arrays described in prepare()."""
-    arrays = {
-        'image': resize([scene.image for scene in scenes], resolution),
-        'num_objects': np.array([scene.num_objects for scene in scenes], np.int32),
-        'record': np.array([scene.record for scene in scenes], np.int32),
-        'split': np.array([scene.split or 0 for scene in scenes], np.int8),
-    }
-    if scenes[0].labels is not None:
-        arrays['mask'] = np.stack([scene.labels for scene in scenes])
-    for name, array in arrays.items():
-        if name not in file:
-            shape = array.shape[1:]
-            file.create_dataset(
-                name, data=array, maxshape=(None, *shape), chunks=(1, *shape) if shape else (1024,),
-                compression='gzip' if name == 'mask' else None,  # makes masks a hundred times smaller
-            )  # fmt: skip
-        else:
-            file[name].resize(len(file[name]) + len(array), axis=0)
-            file[name][-len(array) :] = array
 
 
 def resize(images: list[np.ndarray], size: int) -> np.ndarray:
@@ -861,7 +853,7 @@ class PreparedDataset(ImagesInMemory):
     """
 
     def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, in_memory: bool | None = None):
-        self.path, self.file, self.owner = Path(path), None, None
+        self.path = Path(path)
         require(self.path.is_file(), f'no file {path}')
         try:
             with h5py.File(path) as file:
@@ -869,11 +861,10 @@ class PreparedDataset(ImagesInMemory):
                 self.names = ('image', 'mask') if 'mask' in file else ('image',)
                 self.fingerprint = digest(*(file[name][:].tobytes() for name in ('record', 'split', 'num_objects')))
                 self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
-                require(
-                    len(self.rows) > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)'
-                )
-                nbytes = len(self.rows) * self.resolution**2 * 4
-                self.in_memory = nbytes < psutil.virtual_memory().available / 2 if in_memory is None else in_memory
+                count = len(self.rows)
+                require(count > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)')
+                fits = count * self.resolution**2 * 4 < psutil.virtual_memory().available / 2
+                self.in_memory = fits if in_memory is None else in_memory
                 if self.in_memory:
                     piece = slice(self.rows[0], self.rows[-1] + 1)  # a split is nearly contiguous
                     self.images, *labels = (file[name][piece][self.rows - piece.start] for name in self.names)
@@ -890,13 +881,8 @@ class PreparedDataset(ImagesInMemory):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         if self.in_memory:
             return super().__getitems__(indices)
-        if self.owner != os.getpid():  # an HDF5 file must not be shared with a forked process
-            self.file, self.owner = h5py.File(self.path), os.getpid()
-        rows = self.rows[indices]
-        return to_batch(*(np.stack([self.file[name][row] for row in rows]) for name in self.names))
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {'file': None, 'owner': None}
+        with h5py.File(self.path) as file:  # an open file cannot be shared with worker processes
+            return to_batch(*(np.stack([file[name][row] for row in self.rows[indices]]) for name in self.names))
 
 
 # --- One interface for all sources -----------------------------------------------------------
@@ -921,10 +907,11 @@ def create_dataset(
         return ShapesDataset(split, SHAPES_SIZE if size is None else size, resolution, max_objects, min_objects, seed)
     if dataset_type == 'images':
         return PictureFolder(data_dir, split, size, resolution, mask_dir)
-    named = data_dir.suffix == '.h5'
-    path = data_dir if named else prepared_path(dataset_type, data_dir, resolution, max_objects, variant)
-    if not named and not path.exists():
-        prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
+    path = data_dir
+    if path.suffix != '.h5':
+        path = prepared_path(dataset_type, data_dir, resolution, max_objects, variant, limit=None)
+        if not path.exists():
+            prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
     dataset = PreparedDataset(path, split, size)
     for name, wanted in (('resolution', resolution), ('max_objects', max_objects)):
         value = getattr(dataset, name)
@@ -954,23 +941,11 @@ def wrap_in_loader(
 
 
 def create_dataloader(
-    dataset_type: str = 'shapes',
-    batch_size: int = 32,
-    resolution: int = 64,
-    max_objects: int = 6,
-    min_objects: int = 2,
-    train_size: int | None = None,
-    val_size: int = 320,
-    seed: int = 0,
-    data_seed: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    data_dir: str | os.PathLike = 'data',
-    variant: str = VARIANTS[0],
-    rank: int = 0,
-    world_size: int = 1,
-    mask_dir: str | os.PathLike | None = None,
-) -> tuple[DataLoader, DataLoader]:
+    dataset_type: str = 'shapes', batch_size: int = 32, resolution: int = 64, max_objects: int = 6,
+    min_objects: int = 2, train_size: int | None = None, val_size: int = 320, seed: int = 0, data_seed: int = 0,
+    num_workers: int = 0, pin_memory: bool = False, data_dir: str | os.PathLike = 'data', variant: str = VARIANTS[0],
+    rank: int = 0, world_size: int = 1, mask_dir: str | os.PathLike | None = None,
+) -> tuple[DataLoader, DataLoader]:  # fmt: skip
     """Creates the loaders of the training and the validation split: (train_loader, val_loader).
 
     Args:
