@@ -30,14 +30,15 @@ import itertools
 import json
 import math
 import re
+import shutil
 import struct
 import time
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -309,14 +310,9 @@ message_type { name: "Features"
 message_type { name: "Example"
   field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" } }
 """
-
-
-@cache
-def example_class() -> type:
-    """Returns the protobuf message class that EXAMPLE describes."""
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
+POOL = descriptor_pool.DescriptorPool()
+POOL.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+Example = message_factory.GetMessageClass(POOL.FindMessageTypeByName('published.Example'))
 
 
 def bytes_of(features: dict, name: str, pixels: int) -> np.ndarray:
@@ -335,7 +331,7 @@ def decode_record(number: int, payload: bytes, source: Published, resolution: in
     an object is counted if its mask has a pixel.
     """
     try:
-        features = {entry.key: entry.value for entry in example_class().FromString(payload).features.feature}
+        features = {entry.key: entry.value for entry in Example.FromString(payload).features.feature}
     except DecodeError as error:
         raise DataError('it is damaged or not a tf.train.Example; fetch the file again') from error
     height, width = source.height, source.width
@@ -671,53 +667,34 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
 
     Raises DataError if the download fails; `path`.part is kept for the next call.
     """
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'{path.name}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(attempts):
+        done = part.stat().st_size if part.exists() else 0  # bytes
         try:
-            if _fetch(url, part):
+            request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                if response.status != 206:
+                    done = 0  # the server sends the whole file
+                left = response.headers.get('Content-Length')
+                total = done + int(left) if left else None
+                options = dict(initial=done, total=total, desc=path.name, disable=None)
+                with open(part, 'ab' if done else 'wb') as file, tqdm.wrapattr(response, 'read', **options) as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                    done = file.tell()
+            if total is None or done == total:
                 os.replace(part, path)
                 return
             reason = 'the connection was closed'
         except (ValueError, urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            if isinstance(error, ValueError) or 400 <= getattr(error, 'code', 0) < 500:
+            code, reason = getattr(error, 'code', 0), getattr(error, 'reason', error)
+            if code == 416:  # nothing lies beyond `done`: `part` is of another file
+                part.unlink()
+            elif isinstance(error, ValueError) or 400 <= code < 500:
                 raise DataError(f'{url} cannot be downloaded: {error}; try another --url') from error
-            reason = getattr(error, 'reason', error)
         time.sleep(attempt)
-    raise DataError(
-        f'{url}: {reason} after {size_of(part) / 1e6:,.1f} MB; run the same command again to continue from there'
-    )
-
-
-def _fetch(url: str, part: Path) -> bool:
-    """Appends the missing bytes to `part`. Returns whether it is complete."""
-    done = size_of(part)
-    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing lies beyond `done`
-            raise
-        complete = (error.headers.get('Content-Range') or '').endswith(f'/{done}')
-        if not complete:  # `part` was of another file
-            part.unlink()
-        return complete
-    with response:
-        if response.status != 206:
-            done = 0  # the server sends the whole file
-        left = response.headers.get('Content-Length')
-        total = done + int(left) if left else None
-        bar = tqdm(total=total, initial=done, desc=part.stem, unit='B', unit_scale=True, disable=None)
-        with open(part, 'ab' if done else 'wb') as file, bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-    return total is None or size_of(part) == total
-
-
-def size_of(path: Path) -> int:
-    """Returns the size of a file in bytes; 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+    done = part.stat().st_size / 1e6 if part.exists() else 0
+    raise DataError(f'{url}: {reason} after {done:,.1f} MB; run the same command again to continue from there')
 
 
 def prepare(
@@ -990,18 +967,18 @@ SOURCE_FLAGS = dict.fromkeys(PUBLISHED, ('data_dir', 'max_objects')) | {
 def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int = 2) -> Image.Image:
     """Draws images and, below each row, their masks in colours; a pixel becomes scale x scale pixels."""
     columns = min(columns, len(dataset))
-    # Hues differ by the golden angle, so that adjacent labels have different colours.
-    colours = torch.tensor([colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(256)])
-    colours[0], colours[IGNORE] = 0.15, 1  # dark grey, white
-    lines = []
-    for row in range(min(rows, len(dataset) // columns)):
-        batch = dataset.__getitems__(list(range(row * columns, (row + 1) * columns)))
-        lines.append(batch['image'].permute(0, 2, 3, 1) / 2 + 0.5)  # (columns, H, W, 3)
-        if 'mask' in batch:
-            lines.append(colours[batch['mask']])
-    sheet = F.pad(torch.stack(lines), (0, 0, 0, 2, 0, 2), value=1)  # a white line between neighbours
-    sheet = (sheet * 255).round().byte().permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)  # (height, width, 3)
-    return Image.fromarray(sheet.numpy().repeat(scale, axis=0).repeat(scale, axis=1))
+    rows = min(rows, len(dataset) // columns)
+    batch = dataset.__getitems__(list(range(rows * columns)))
+    drawn = [batch['image'].permute(0, 2, 3, 1) / 2 + 0.5]  # (rows * columns, H, W, 3)
+    if 'mask' in batch:
+        # Hues differ by the golden angle, so that adjacent labels have different colours.
+        colours = torch.tensor([colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(256)])
+        colours[0], colours[IGNORE] = 0.15, 1  # dark grey, white
+        drawn.append(colours[batch['mask']])
+    sheet = F.pad(torch.stack(drawn), (0, 0, 0, 2, 0, 2), value=1)  # a white line between neighbours
+    sheet = sheet.unflatten(1, (rows, columns)).permute(1, 0, 3, 2, 4, 5)  # (rows, 1 or 2, H, columns, W, 3)
+    sheet = (sheet.flatten(0, 2).flatten(1, 2) * 255).round().byte().numpy()  # (height, width, 3)
+    return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1019,39 +996,37 @@ def create_parser() -> Parser:
         usage='python dataset.py [flags]',
     )
 
-    def add(name, help, default=None, group=parser, **kwargs):
+    def add(flag, help, default=None, **options):
         shown = '' if default is None else f' (default: {default})'
-        group.add_argument(name, help=help + shown, default=default, **kwargs)
+        group.add_argument(flag, help=help + shown, default=default, **options)
 
     # fmt: off
+    low, high = RESOLUTIONS
     sizes = ', '.join(f'{name} {size}' for name, (size, _) in SIZES.items())
     masked = 'NAME_mask.png beside NAME.jpg, or masks/NAME.png for images/NAME.jpg'
-    published = ', '.join(PUBLISHED)
     group = parser.add_argument_group('data')
-    add('--dataset', 'source of the images; shapes are drawn, images are pictures of your own', 'shapes', group,
+    add('--dataset', 'source of the images; shapes are drawn, images are pictures of your own', 'shapes',
         choices=DATASETS)
-    add('--data_dir', f'folder of the pictures (images), or of the published or prepared file ({published}); may also '
-        'name a prepared .h5 file', Path('data'), group, type=Path)
-    add('--mask_dir', f'images: folder of the masks, with the names of the pictures (default: {masked})', None, group,
-        type=Path)
-    add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], group, choices=VARIANTS)
-    add('--resolution', f'side of the square images in pixels, {RESOLUTIONS[0]} to {RESOLUTIONS[1]} (default: {sizes})',
-        None, group, type=int)
+    add('--data_dir', 'folder of the pictures (images), or of the published or prepared file '
+        f'({", ".join(PUBLISHED)}); may also name a prepared .h5 file', Path('data'), type=Path)
+    add('--mask_dir', f'images: folder of the masks, with the names of the pictures (default: {masked})', type=Path)
+    add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], choices=VARIANTS)
+    add('--resolution', f'side of the square images in pixels, {low} to {high} (default: {sizes})', type=int)
     add('--max_objects', 'largest number of objects in an image, 1 to 16 for shapes; published scenes with more are '
-        'left out; not for images', 6, group, type=int)
-    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, group, type=int)
-    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, group, type=int)
+        'left out; not for images', 6, type=int)
+    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, type=int)
+    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, type=int)
     group = parser.add_argument_group('sample sheet')
-    add('--num_images', 'number of images to load and count, at least 32', 1000, group, type=int)
-    add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), group, type=Path)
+    add('--num_images', 'number of images to load and count, at least 32', 1000, type=int)
+    add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), type=Path)
     group = parser.add_argument_group('preparing')
-    add('--prepare', 'convert this data set to one .h5 file; downloads the published file if --data_dir has none', None,
-        group, choices=tuple(PUBLISHED))
-    add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)', None,
-        group, type=Path)
-    add('--url', 'address to download the published file from', None, group)
+    add('--prepare', 'convert this data set to one .h5 file; downloads the published file if --data_dir has none',
+        choices=tuple(PUBLISHED))
+    add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)',
+        type=Path)
+    add('--url', 'address to download the published file from')
     add('--limit', 'stop after this many scenes and add the number to the name of the file. Training needs scenes of '
-        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', None, group, type=int)
+        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', type=int)
     # fmt: on
     return parser
 
@@ -1061,20 +1036,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    preparing = {'prepare', 'output_dir', 'url', 'limit'}
+    mode, used = ('prepare', preparing) if args.prepare else ('dataset', {'dataset', 'num_images', 'output'})
     source = args.prepare or args.dataset
-    used = {'prepare', 'output_dir', 'url', 'limit'} if args.prepare else {'dataset', 'num_images', 'output'}
     for name in sorted(given - used - {'resolution', *SOURCE_FLAGS[source]}):
-        if not args.prepare and name in ('output_dir', 'url', 'limit'):
-            parser.error(f'--{name} is for --prepare only')
-        parser.error(f'--{name} has no effect with --{"prepare" if args.prepare else "dataset"} {source}')
+        reason = 'is for --prepare only' if name in preparing else f'has no effect with --{mode} {source}'
+        parser.error(f'--{name} {reason}')
+    low, high = RESOLUTIONS
+    if args.resolution is None:
+        args.resolution = SIZES[source][0]
+    if not low <= args.resolution <= high:
+        parser.error(f'--resolution must be from {low} to {high}, not {args.resolution}')
     if args.num_images < 32:
         parser.error(f'--num_images must be at least 32, not {args.num_images}')
     if args.limit is not None and args.limit < 1:
         parser.error(f'--limit must be at least 1, not {args.limit}')
-    if args.resolution is None:
-        args.resolution = SIZES[source][0]
-    if not RESOLUTIONS[0] <= args.resolution <= RESOLUTIONS[1]:
-        parser.error(f'--resolution must be from {RESOLUTIONS[0]} to {RESOLUTIONS[1]}, not {args.resolution}')
     return args
 
 
@@ -1093,11 +1069,10 @@ def preview(args: argparse.Namespace) -> None:
     loading = time.perf_counter() - start
     masks = [mask for batch in batches for mask in batch.get('mask', ()) if (mask != IGNORE).any()]
     if masks:
-        counts = torch.tensor([len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks])
+        counts = Counter(len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks)
         print('objects  images')
-        for number, images in enumerate(torch.bincount(counts).tolist()):
-            if images:
-                print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
+        for number, images in sorted(counts.items()):
+            print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(masks))}')
     print(dataset)
     verb = 'drawing' if args.dataset == 'shapes' else 'reading'
     print(f'{verb} {len(dataset) / drawing:,.0f} images/s, loading {len(dataset) / loading:,.0f} images/s')
@@ -1118,12 +1093,10 @@ def main(args: argparse.Namespace) -> int:
         )  # fmt: skip
         seconds = time.perf_counter() - start
         with h5py.File(path) as file:
-            splits = np.bincount(file['split'][:], minlength=3)
-            read = int(file.attrs['scenes_read'])
+            splits, read = np.bincount(file['split'][:], minlength=3), int(file.attrs['scenes_read'])
+        megabytes = path.stat().st_size / 1e6
         print(f'{path}: {", ".join(f"{n} {split}" for n, split in zip(splits, SPLITS, strict=True))} images')
-        print(
-            f'{splits.sum()} of {read} scenes kept, {path.stat().st_size / 1e6:,.1f} MB, {read / seconds:.0f} scenes/s'
-        )
+        print(f'{splits.sum()} of {read} scenes kept, {megabytes:,.1f} MB, {read / seconds:.0f} scenes/s')
         if args.limit:
             print(f'to use this file instead of that of all scenes: --data_dir {quote(str(path))}')
     except (DataError, OSError) as error:
