@@ -137,13 +137,10 @@ def flip(batch: dict[str, Tensor], flipped: Tensor) -> dict[str, Tensor]:
 class ShapesDataset(ImagesInMemory):
     """Circles, squares and triangles on a grey background, with instance labels.
 
-    The number of objects and their shape, position, size, rotation and colour are random. Objects may
-    overlap, but at least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed,
-    split, i): it does not depend on `size`, and no two splits share an image. All images are drawn in the
-    constructor and kept in memory.
-
-    Raises DataError for an unknown split, and for a size, resolution (16 to 256 pixels), number of objects
-    (1 to 16) or seed out of range.
+    The number of objects and their shape, position, size, rotation and colour are random. Objects may overlap, but at
+    least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed, split, i): it does not depend
+    on `size`, and no two splits share an image. All images are drawn in the constructor and kept in memory.
+    Raises DataError for an unknown split, and for a size, resolution, number of objects or seed out of range.
     """
 
     # The size of an object is the radius of the disc of equal area, as a fraction of the image side.
@@ -160,11 +157,9 @@ class ShapesDataset(ImagesInMemory):
         require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
         require(size >= 1, f'the number of images must be at least 1, not {size}')
         require(low <= resolution <= high, f'the resolution of shapes must be from {low} to {high}, not {resolution}')
-        require(
-            1 <= min_objects <= max_objects <= self.MAX_OBJECTS,
-            f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy '
-            f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}',
-        )
+        limits = f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}'
+        valid = 1 <= min_objects <= max_objects <= self.MAX_OBJECTS
+        require(valid, f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy {limits}')
         require(seed >= 0, f'the seed of shapes must not be negative, not {seed}')
         self.split, self.resolution, self.seed = split, resolution, seed
         self.min_objects, self.max_objects = min_objects, max_objects
@@ -194,10 +189,7 @@ class ShapesDataset(ImagesInMemory):
         return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels  # (H, W, 3), (H, W)
 
     def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray):
-        """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible.
-
-        Returns the window of the image that contains it (two slices) and the coverage [h, w] of its pixels in [0, 1].
-        """
+        """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible. Returns as _rasterise()."""
         shape = SHAPES[rng.integers(len(SHAPES))]
         radius = max(rng.uniform(self.MIN_SIZE, self.MAX_SIZE) * self.resolution, self.MIN_RADIUS)
         visible = np.bincount(labels.ravel(), minlength=len(areas))  # pixels of each label
@@ -211,7 +203,10 @@ class ShapesDataset(ImagesInMemory):
             radius = max(0.8 * radius, self.MIN_RADIUS)  # a smaller object fits into a crowded image
 
     def _rasterise(self, shape: str, x: float, y: float, radius: float, angle: float):
-        """Returns window and coverage of one object: its signed distance from the edge, clipped to one pixel."""
+        """Returns the window of the image that contains an object (two slices), and the coverage of its pixels.
+
+        The coverage, [h, w] in [0, 1], is the signed distance from the edge of the object, clipped to one pixel.
+        """
         reach = 1.6 * radius + 1  # the corners of a triangle are 1.56 radii from its centre
         rows, columns = (
             slice(max(int(centre - reach), 0), min(int(centre + reach) + 1, self.resolution)) for centre in (y, x)
@@ -271,8 +266,8 @@ class Scene:
 def read_records(path: Path) -> Iterator[bytes]:
     """Yields the payload of each record of a TFRecord file, GZIP or plain.
 
-    Checks the checksum of each length. The checksum of a payload is left to GZIP, because a CRC-32C in
-    Python takes a second per megabyte. Raises DataError for a damaged, incomplete or empty file.
+    Checks the checksum of each length; that of a payload would take a second per megabyte in Python, and GZIP has
+    its own. Raises DataError for a damaged, incomplete or empty file.
     """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
@@ -327,8 +322,7 @@ def bytes_of(features: dict, name: str, pixels: int) -> np.ndarray:
 def decode_record(number: int, payload: bytes, source: Published, resolution: int) -> Scene:
     """Decodes record `number`. Raises DataError for one that does not hold what `source` says.
 
-    `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`,
-    an object is counted if its mask has a pixel.
+    An object is counted if it is visible by `visibility`, or if its mask has a pixel where that is missing.
     """
     try:
         features = {entry.key: entry.value for entry in Example.FromString(payload).features.feature}
@@ -433,10 +427,9 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scales integer or floating-point pixels [h, w] to uint8.
+    """Scales pixels to uint8: the first of 1 (floating point only), 255, 4095 and 65535 that none exceeds becomes 255.
 
-    The value that becomes 255 is the first of 1 (floating point only), 255, 4095 and 65535 that no pixel
-    exceeds. Raises ValueError for negative values, NaN, and values above 65535.
+    Raises ValueError for negative values, NaN, and values above 65535.
     """
     low, high = values.min(), values.max()
     full = next((full for full in (1, 255, 4095, 65535)[values.dtype.kind != 'f' :] if high <= full), None)
@@ -446,10 +439,7 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def read_picture(path: Path, resolution: int, dataset_type: str = 'images') -> np.ndarray:
-    """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError.
-
-    The crop is that of the paper for 'clevr6' and the central square otherwise.
-    """
+    """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError."""
     if dataset_type == 'clevr6':
         return resize([crop_clevr(path)], resolution)[0]
     return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
@@ -558,16 +548,16 @@ def report(problems: list[str]) -> None:
 class PictureFolder(ImagesInMemory):
     """Pictures below a folder, cropped to the central square and resized; labels from their masks, if any.
 
-    `find_masks` says which file is the mask of a picture. A mask has one channel of 8 bits (PIL modes 1, L
-    and P) and the aspect ratio of its picture. A mask that cannot be used is reported, and its picture is
-    used without it. If other pictures have a mask, a picture without one has the label IGNORE everywhere.
+    `find_masks` says which file is the mask of a picture. A mask has one channel of 8 bits (PIL modes 1, L and P) and
+    the aspect ratio of its picture. One that cannot be used is reported, and its picture is used without it. If other
+    pictures have a mask, a picture without one has the label IGNORE everywhere.
 
-    The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 %
-    each for validation and test. Adding or removing a picture moves no other one, except in a small folder:
-    a split that would be empty takes the picture with the nearest hash.
+    The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 % each for
+    validation and test. Adding or removing a picture moves no other one, except in a small folder: a split that would
+    be empty takes the picture with the nearest hash. A picture that cannot be read is reported and skipped.
 
-    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and pictures that
-    exceed half of the available memory. Reports and skips a picture that cannot be read.
+    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and pictures that exceed
+    half of the available memory.
     """
 
     def __init__(
@@ -612,16 +602,15 @@ class PictureFolder(ImagesInMemory):
     def _read(self, path: Path, mask: Path | None) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Returns the image [R, R, 3] and labels [R, R] of a picture, or None for a picture that cannot be read."""
         try:
-            picture = open_picture(path)
+            picture, labels = open_picture(path), None
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
             return None
-        labels = None
-        if mask is not None:
-            try:
+        try:
+            if mask is not None:
                 labels = read_mask(mask, path, picture.size, self.resolution)
-            except DataError as error:
-                self.problems.append(f'{error} (the picture is used without it)')
+        except DataError as error:
+            self.problems.append(f'{error} (the picture is used without it)')
         return np.asarray(ImageOps.fit(picture, (self.resolution,) * 2, Image.Resampling.BILINEAR)), labels
 
 
@@ -701,7 +690,7 @@ def prepare(
     dataset: str, data_dir: str | os.PathLike, resolution: int, max_objects: int = 6, variant: str = VARIANTS[0],
     limit: int | None = None, url: str | None = None, fetch: bool = True, output_dir: str | os.PathLike | None = None,
 ) -> Path:  # fmt: skip
-    """Converts a published data set to one HDF5 file and returns its path.
+    """Converts a published data set to one HDF5 file and returns its path. The file gets its name when it is complete.
 
     Args:
         dataset: one of PUBLISHED
@@ -713,13 +702,12 @@ def prepare(
         url, fetch: address to download a missing source from (None: the published one), and whether to do so
         output_dir: folder of the prepared file (None: `data_dir`)
 
-    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (if the source has masks), and
-    `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N]. The split
-    depends on the number of the record only: of the records of the source (the first 100,000 if there are
-    more), the first 70 % are train, the next 15 % val, the rest test. The file gets its name when it is complete.
+    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (if the source has masks), and `num_objects`,
+    `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N]. The split depends on the number of
+    the record only: of the first 100,000 records of the source, the first 70 % are train, the next 15 % val.
 
-    Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and
-    for a folder that cannot be written to.
+    Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and for a
+    folder that cannot be written to.
     """
     source, data_dir = PUBLISHED[dataset], Path(data_dir)
     raw = find_source(dataset, data_dir, variant, url, fetch)
@@ -754,20 +742,17 @@ def prepare(
 
 def remove_leftovers(folder: Path, raw: Path) -> None:
     """Deletes unfinished files of preparations and downloads that were killed."""
-    parts = [path for path in folder.glob('.*.h5.*') if path.suffix[1:].isdecimal()]
-    left = [path for path in parts if not psutil.pid_exists(int(path.suffix[1:]))]
-    for path in (*left, raw.with_name(f'{raw.name}.part')):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    for path in (*folder.glob('.*.h5.*'), raw.with_name(f'{raw.name}.part')):
+        process = path.suffix[1:]
+        if process == 'part' or (process.isdecimal() and not psutil.pid_exists(int(process))):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def count_records(path: Path, source: Published, seen: int | None) -> int:
-    """Returns the number of records that the splits are computed from; `seen` if the file was read to its end.
-
-    A file of at least 90 % of the published size is not read again: it has MAX_RECORDS.
-    """
+    """Returns the number of records that the splits are computed from; `seen` if the file was read to its end."""
     if source.gigabytes and path.stat().st_size > 0.9e9 * source.gigabytes:
-        return MAX_RECORDS
+        return MAX_RECORDS  # a complete file, which takes long to read again
     if seen is not None:
         return seen
     records = itertools.islice(read_records(path), MAX_RECORDS)
@@ -872,9 +857,8 @@ def create_dataset(
 ) -> Dataset:  # fmt: skip
     """Creates one split ('train', 'val' or 'test') of a source with at most `size` images (None: all).
 
-    The other arguments are those of create_dataloader(). A published data set that is in `data_dir` as it
-    was published is prepared first. The attribute `fingerprint` of the result is a string that identifies the
-    images of all splits of the source: it changes if the source does. Raises DataError.
+    The other arguments are those of create_dataloader(). A published data set that is in `data_dir` as it was
+    published is prepared first. The `fingerprint` of the result changes if the source does. Raises DataError.
     """
     data_dir = Path(data_dir)
     require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
@@ -903,8 +887,8 @@ def wrap_in_loader(
     """Creates a DataLoader that fetches whole batches.
 
     With `shuffle`, the order is a function of (seed, epoch) and incomplete batches are dropped: call
-    `loader.sampler.set_epoch(n)` before each epoch. With several processes, each loads every
-    `world_size`-th image of a batch, starting with image `rank`: every image is loaded exactly once.
+    `loader.sampler.set_epoch(n)` before each epoch. With several processes, each loads every `world_size`-th image
+    of a batch, starting with image `rank`: every image is loaded exactly once.
     """
     if shuffle:
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
