@@ -8,10 +8,9 @@
     from dataset import create_dataloader
     train_loader, val_loader = create_dataloader(dataset_type='shapes', batch_size=32, resolution=64)
 
-A batch is a dict with `image`, float32 [B, 3, H, W] in [-1, 1], and, if the source has masks, `mask`,
-int64 [B, H, W]: 0 is the background and 1 to 254 are objects. 255 (IGNORE) marks pixels that every score
-leaves out, such as the outlines in Pascal VOC. If some pictures of a folder have masks, a picture without
-one has the label 255 everywhere.
+A batch is a dict with `image`, float32 [B, 3, H, W] in [-1, 1], and, if the source has masks, `mask`, int64 [B, H, W]:
+0 is the background, 1 to 254 are objects, and 255 (IGNORE) marks pixels that every score leaves out, such as the
+outlines in Pascal VOC. If some pictures of a folder have masks, a picture without one has the label 255 everywhere.
 """
 
 import os
@@ -124,11 +123,9 @@ def digest(*parts: object) -> str:
 
 def flip(batch: dict[str, Tensor], flipped: Tensor) -> dict[str, Tensor]:
     """Mirrors the images and masks of a batch left to right where `flipped` (bool [B]) is true."""
-    out = {}
-    for name, values in batch.items():
-        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))  # (B, 1, ..., 1)
-        out[name] = torch.where(where, values.flip(-1), values)
-    return out
+    flipped = flipped.to(batch['image'].device)[:, None, None]  # (B, 1, 1)
+    where = {'image': flipped[:, None], 'mask': flipped}
+    return {name: torch.where(where[name], values.flip(-1), values) for name, values in batch.items()}
 
 
 # --- Shapes ----------------------------------------------------------------------------------
@@ -208,9 +205,7 @@ class ShapesDataset(ImagesInMemory):
         The coverage, [h, w] in [0, 1], is the signed distance from the edge of the object, clipped to one pixel.
         """
         reach = 1.6 * radius + 1  # the corners of a triangle are 1.56 radii from its centre
-        rows, columns = (
-            slice(max(int(centre - reach), 0), min(int(centre + reach) + 1, self.resolution)) for centre in (y, x)
-        )
+        rows, columns = (slice(max(int(c - reach), 0), min(int(c + reach) + 1, self.resolution)) for c in (y, x))
         dy = np.arange(rows.start + 0.5 - y, rows.stop - y, dtype=np.float32)[:, None]
         dx = np.arange(columns.start + 0.5 - x, columns.stop - x, dtype=np.float32)
         if shape == 'circle':
@@ -251,7 +246,7 @@ PUBLISHED = {
     'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4),
 }
 MAX_RECORDS = 100_000  # later records of a source are not used
-SHARES = (0.7, 0.15, 0.15)  # train, val, test; of CLEVR's 100,000 records the paper trains on the first 70,000
+SHARES = (0.7, 0.15)  # train, val; the rest is test. The paper trains on the first 70,000 records of CLEVR
 
 
 @dataclass
@@ -378,8 +373,9 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
         if missing:
             count = f'{len(missing)} of the {len(listed)} pictures that {file} names are missing'
             raise DataError(f'{count}, the first is {missing[0]}; fetch them again')
-        half = len(listed) / 2
-        scenes += [(*scene, 0 if name == 'train' else 1 if i < half else 2) for i, scene in enumerate(listed)]
+        num_val = (len(listed) + 1) // 2
+        splits = [0] * len(listed) if name == 'train' else [1] * num_val + [2] * (len(listed) - num_val)
+        scenes += [(*scene, split) for scene, split in zip(listed, splits, strict=True)]
     require(len(scenes) > 0, f'{folder / "scenes"} has neither CLEVR_train_scenes.json nor CLEVR_val_scenes.json')
     for number, (picture, num_objects, split) in enumerate(scenes):
         yield Scene(crop_clevr(picture), None, num_objects, number, split)
@@ -455,17 +451,13 @@ def read_mask(path: Path, picture: Path, size: tuple[int, int], resolution: int)
             mask, mode = ImageOps.exif_transpose(file), f'{file.format} mode {file.mode}'
     except UNREADABLE as error:
         raise DataError(f'mask {path} cannot be read: {error}; save it again') from error
-    require(
-        mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG'),
-        f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; '
-        "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')",
-    )
-    (width, height), (mask_width, mask_height) = size, mask.size
-    require(  # sides may have been rounded by a pixel
-        abs(mask_width * height - mask_height * width) <= max(*size, *mask.size),
-        f'mask {path} ({mask_width}x{mask_height}) and picture {picture} ({width}x{height}) differ in aspect ratio; '
-        'crop both in the same way',
-    )
+    labels = mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG')
+    convert = "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')"
+    require(labels, f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; {convert}')
+    width, height = size
+    same = abs(mask.width * height - mask.height * width) <= max(*size, *mask.size)  # sides may be rounded by a pixel
+    names = f'mask {path} ({mask.width}x{mask.height}) and picture {picture} ({width}x{height})'
+    require(same, f'{names} differ in aspect ratio; crop both in the same way')
     return np.asarray(ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST), np.uint8)
 
 
@@ -482,10 +474,10 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
     """
     if mask_dir is None and folder.name.lower() == 'images' and folder.is_dir():
         mask_dir = next((path for path in folder.parent.iterdir() if path.name.lower() == 'masks'), None)
-    keys = {path: key_of(path, folder) for path in walk(folder, leave_out=mask_dir)}
-    folders = {str(parent) for key in keys.values() for parent in PurePosixPath(key).parents}
+    files = walk(folder, leave_out=mask_dir)
+    folders = {str(parent) for key in files.values() for parent in PurePosixPath(key).parents}
     pictures, masks = {}, {}  # the key of each picture, and for each mask the key of its picture
-    for path, key in keys.items():
+    for path, key in files.items():
         parallel = re.match('(|.*/)masks/', key)
         if parallel and f'{parallel[1]}images' in folders:
             masks[path] = f'{parallel[1]}images/{key[parallel.end() :]}'
@@ -493,10 +485,8 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
             masks[path] = key
         else:
             pictures[path] = key
-    if mask_dir:
-        masks = {path: key_of(path, mask_dir) for path in walk(mask_dir)}
     by_key: dict[str, Path] = {}
-    for mask, key in masks.items():
+    for mask, key in (walk(mask_dir) if mask_dir else masks).items():
         other = by_key.setdefault(key.removesuffix('_mask'), mask)
         require(other == mask, f'{other} and {mask} are masks of the same picture; remove one of them')
     # Below mask_dir, the folder `images` may be missing.
@@ -505,8 +495,11 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
     return mask_of, sorted(set(by_key.values()) - set(mask_of.values()))
 
 
-def walk(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """Lists picture files in natural order. Follows symbolic links, visits a folder once, skips hidden names."""
+def walk(folder: Path, leave_out: Path | None = None) -> dict[Path, str]:
+    """Lists picture files in natural order. Follows symbolic links, visits a folder once, skips hidden names.
+
+    The key of a file is its path relative to `folder`, in lower case and without its ending.
+    """
     found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in visited:
@@ -517,12 +510,8 @@ def walk(folder: Path, leave_out: Path | None = None) -> list[Path]:
         found += [Path(parent, name) for name in names if not name.startswith('.')]
     found = [path for path in found if path.suffix.lower() in PICTURES and path.is_file()]
     split = re.compile('([0-9]+)').split  # digits have odd indices
-    return sorted(found, key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
-
-
-def key_of(path: Path, folder: Path) -> str:
-    """Returns the path of a file relative to `folder`, in lower case and without its ending."""
-    return path.relative_to(folder).with_suffix('').as_posix().lower()
+    found.sort(key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
+    return {path: path.relative_to(folder).with_suffix('').as_posix().lower() for path in found}
 
 
 def split_by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
@@ -564,7 +553,7 @@ class PictureFolder(ImagesInMemory):
         self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128,
         mask_dir: str | os.PathLike | None = None,
     ):  # fmt: skip
-        folder, mask_dir, self.resolution = Path(folder), mask_dir and Path(mask_dir), resolution
+        folder, mask_dir, self.resolution = Path(folder), Path(mask_dir) if mask_dir else None, resolution
         for flag, path in (('data_dir', folder), ('mask_dir', mask_dir)):
             require(path is None or path.is_dir(), f'no folder {path}; --{flag} must name an existing folder')
         mask_of, alone = find_masks(folder, mask_dir)
@@ -614,7 +603,7 @@ class PictureFolder(ImagesInMemory):
         return np.asarray(ImageOps.fit(picture, (self.resolution,) * 2, Image.Resampling.BILINEAR)), labels
 
 
-# --- Preparing -------------------------------------------------------------------------------
+# --- Prepared files --------------------------------------------------------------------------
 
 
 def prepared_path(dataset: str, folder: Path, size: int, max_objects: int, variant: str, limit: int | None) -> Path:
@@ -626,23 +615,22 @@ def prepared_path(dataset: str, folder: Path, size: int, max_objects: int, varia
 def find_source(dataset: str, data_dir: Path, variant: str, url: str | None, fetch: bool) -> Path:
     """Returns the published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`.
 
-    If there is none, downloads the file with `fetch`, and raises DataError, which says how to get it, without.
+    If there is none, downloads the file, or without `fetch` raises DataError, which says how to get it.
     """
     require(not data_dir.is_file(), f'--data_dir must name the folder that contains {data_dir}, not the file')
     published = PUBLISHED[dataset].path.format(variant)
     file = data_dir / Path(published).name
-    candidates = [file, data_dir / published]
+    candidates = [path for path in (file, data_dir / published) if path.exists()]
     if dataset == 'clevr6':
         candidates += [folder for folder in (data_dir / 'CLEVR_v1.0', data_dir) if (folder / 'scenes').is_dir()]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
+    if candidates:
+        return candidates[0]
     if fetch:
         download(url or f'{BUCKET}/{published}', file)
         return file
-    folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
     gigabytes = PUBLISHED[dataset].gigabytes
     size = f' ({gigabytes} GB)' if gigabytes else ''
+    folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
     flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
     raise DataError(
         f'{data_dir} has no {dataset}: it needs {file.name}{size}{folder}.\n'
@@ -678,7 +666,7 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
         except (ValueError, urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             code, reason = getattr(error, 'code', 0), getattr(error, 'reason', error)
             if code == 416:  # nothing lies beyond `done`: `part` is of another file
-                part.unlink()
+                part.unlink(missing_ok=True)
             elif isinstance(error, ValueError) or 400 <= code < 500:
                 raise DataError(f'{url} cannot be downloaded: {error}; try another --url') from error
         time.sleep(attempt)
@@ -692,19 +680,17 @@ def prepare(
 ) -> Path:  # fmt: skip
     """Converts a published data set to one HDF5 file and returns its path. The file gets its name when it is complete.
 
+    The first arguments are those of create_dataloader(); scenes with more than `max_objects` are left out.
+
     Args:
-        dataset: one of PUBLISHED
-        data_dir: folder of the source
-        resolution: side of the square images in pixels; images are resized bilinearly, labels to the nearest
-        max_objects: scenes with more objects are left out
-        variant: of multi_dsprites, one of VARIANTS
         limit: number of scenes after which to stop; the file has a name of its own, which contains the number
         url, fetch: address to download a missing source from (None: the published one), and whether to do so
         output_dir: folder of the prepared file (None: `data_dir`)
 
-    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (if the source has masks), and `num_objects`,
-    `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N]. The split depends on the number of
-    the record only: of the first 100,000 records of the source, the first 70 % are train, the next 15 % val.
+    The file holds `image` uint8 [N, R, R, 3] (resized bilinearly) and `mask` uint8 [N, R, R] (to the nearest; if the
+    source has masks), and `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), all [N].
+    The split depends on the number of the record only: of the first 100,000 records of the source, 70 % are train, the
+    next 15 % val, the rest test.
 
     Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and for a
     folder that cannot be written to.
@@ -723,17 +709,16 @@ def prepare(
             file.attrs['window'] = str(source.window)
             seen = write_scenes(file, scenes, resolution, max_objects, limit)
             if raw.is_file():
-                ends = np.cumsum(SHARES[:-1]) * count_records(raw, source, seen if limit is None else None)
+                ends = np.cumsum(SHARES) * (seen if limit is None else count_records(raw, source))
                 file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
             file.flush()
         with open(part, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:  # the text of h5py has many lines
-        raise DataError(
-            f'{path} cannot be written: the folder is read-only or the disk is full; prepare it in another folder: '
-            f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
-        ) from error
+        reason = f'{path} cannot be written: the folder is read-only or the disk is full'
+        command = f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
+        raise DataError(f'{reason}; prepare it in another folder: {command}') from error
     finally:
         if part.exists():
             part.unlink()
@@ -749,12 +734,10 @@ def remove_leftovers(folder: Path, raw: Path) -> None:
                 path.unlink()
 
 
-def count_records(path: Path, source: Published, seen: int | None) -> int:
-    """Returns the number of records that the splits are computed from; `seen` if the file was read to its end."""
+def count_records(path: Path, source: Published) -> int:
+    """Returns the number of records, at most MAX_RECORDS. A file of the published size is not read: it has all."""
     if source.gigabytes and path.stat().st_size > 0.9e9 * source.gigabytes:
-        return MAX_RECORDS  # a complete file, which takes long to read again
-    if seen is not None:
-        return seen
+        return MAX_RECORDS
     records = itertools.islice(read_records(path), MAX_RECORDS)
     return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
 
@@ -803,9 +786,6 @@ def resize(images: list[np.ndarray], size: int) -> np.ndarray:
     if stack.shape[-2:] != (size, size):
         stack = F.interpolate(stack.float(), (size, size), mode='bilinear').round().byte()
     return stack.permute(0, 2, 3, 1).numpy()
-
-
-# --- Prepared files --------------------------------------------------------------------------
 
 
 class PreparedDataset(ImagesInMemory):
