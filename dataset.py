@@ -200,10 +200,7 @@ class ShapesDataset(ImagesInMemory):
             radius = max(0.8 * radius, self.MIN_RADIUS)  # a smaller object fits into a crowded image
 
     def _rasterise(self, shape: str, x: float, y: float, radius: float, angle: float):
-        """Returns the window of the image that contains an object (two slices), and the coverage of its pixels.
-
-        The coverage, [h, w] in [0, 1], is the signed distance from the edge of the object, clipped to one pixel.
-        """
+        """Returns the window that contains an object (two slices), and the coverage [h, w] of its pixels in [0, 1]."""
         reach = 1.6 * radius + 1  # the corners of a triangle are 1.56 radii from its centre
         rows, columns = (slice(max(int(c - reach), 0), min(int(c + reach) + 1, self.resolution)) for c in (y, x))
         dy = np.arange(rows.start + 0.5 - y, rows.stop - y, dtype=np.float32)[:, None]
@@ -216,7 +213,7 @@ class ShapesDataset(ImagesInMemory):
             normals = [angle + side * 2 * math.pi / sides for side in range(sides)]
             edges = [math.cos(normal) * dx + math.sin(normal) * dy for normal in normals]
             distance = np.maximum.reduce(edges) - apothem
-        return (rows, columns), (0.5 - distance).clip(0, 1)
+        return (rows, columns), (0.5 - distance).clip(0, 1)  # the edge is one pixel wide
 
 
 # --- Published data sets ---------------------------------------------------------------------
@@ -315,10 +312,7 @@ def bytes_of(features: dict, name: str, pixels: int) -> np.ndarray:
 
 
 def decode_record(number: int, payload: bytes, source: Published, resolution: int) -> Scene:
-    """Decodes record `number`. Raises DataError for one that does not hold what `source` says.
-
-    An object is counted if it is visible by `visibility`, or if its mask has a pixel where that is missing.
-    """
+    """Decodes record `number`. Raises DataError for one that does not hold what `source` says."""
     try:
         features = {entry.key: entry.value for entry in Example.FromString(payload).features.feature}
     except DecodeError as error:
@@ -338,7 +332,7 @@ def decode_record(number: int, payload: bytes, source: Published, resolution: in
     if 'visibility' in features:
         visible = np.array(features['visibility'].float_list.value) > 0
     else:
-        visible = masks.any(axis=(1, 2))
+        visible = masks.any(axis=(1, 2))  # a mask with a pixel is an object
     num_objects = int(visible[source.backgrounds :].sum())
     return Scene(np.repeat(image, 3 // image.shape[2], axis=2), labels, num_objects, number)
 
@@ -382,12 +376,9 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
 
 
 def crop_clevr(path: Path) -> np.ndarray:
-    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3].
-
-    A picture of another size, such as the 480x320 of CLEVR_v1.0, is first resized to height 240. Raises DataError.
-    """
+    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3]. Raises DataError."""
     image, rows = open_picture(path), CLEVR_WINDOW[0]
-    if image.size != (320, 240):
+    if image.size != (320, 240):  # such as the 480x320 of CLEVR_v1.0
         image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
     left = (image.width - (rows.stop - rows.start)) // 2
     require(left >= 0, f'{path} is too narrow for the crop of clevr6: its width must be at least 0.8 times its height')
@@ -401,10 +392,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white.
-
-    Raises DataError, with the path, for a file that is not a picture or whose range of values is unknown.
-    """
+    """Opens a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white. Raises DataError."""
     try:
         with Image.open(path) as file:
             sixteen_bits = 'RGB;16' in str(file.tile)  # PIL keeps the upper 8 bits
@@ -423,10 +411,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scales pixels to uint8: the first of 1 (floating point only), 255, 4095 and 65535 that none exceeds becomes 255.
-
-    Raises ValueError for negative values, NaN, and values above 65535.
-    """
+    """Scales pixels to uint8: the first of 1 (floats only), 255, 4095 and 65535 that none exceeds becomes 255."""
     low, high = values.min(), values.max()
     full = next((full for full in (1, 255, 4095, 65535)[values.dtype.kind != 'f' :] if high <= full), None)
     if full is None or low < 0:
@@ -442,10 +427,7 @@ def read_picture(path: Path, resolution: int, dataset_type: str = 'images') -> n
 
 
 def read_mask(path: Path, picture: Path, size: tuple[int, int], resolution: int) -> np.ndarray:
-    """Reads the mask of a picture of `size` (width, height), crops it in the same way: labels uint8 [R, R].
-
-    Raises DataError for a mask of several channels, of 16 bits, or of another aspect ratio than the picture.
-    """
+    """Reads the mask of a picture of `size` (width, height), cropped in the same way: [R, R]. Raises DataError."""
     try:
         with Image.open(path) as file:
             mask, mode = ImageOps.exif_transpose(file), f'{file.format} mode {file.mode}'
@@ -581,8 +563,8 @@ class PictureFolder(ImagesInMemory):
             ignored = np.full((resolution, resolution), IGNORE, np.uint8)
             self.labels = np.stack([ignored if mask is None else mask for mask in labels])
             if not (self.labels % IGNORE).any():
-                meaning = f'0 is the background, and {IGNORE} marks pixels that no score counts'
-                self.problems.append(f'no {split} mask has an object; number objects from 1: {meaning}')
+                remedy = f'number objects from 1: 0 is the background, and {IGNORE} marks pixels that no score counts'
+                self.problems.append(f'no {split} mask has an object; {remedy}')
         report(self.problems)
 
     def __str__(self) -> str:
@@ -743,10 +725,7 @@ def count_records(path: Path, source: Published) -> int:
 
 
 def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
-    """Writes the arrays described in prepare(), 64 scenes at a time, and returns the number of scenes read.
-
-    All scenes have labels or none has. Raises DataError if none has at most `max_objects`.
-    """
+    """Writes the arrays described in prepare(). Returns the number of scenes read. Raises DataError if none is kept."""
     seen = 0
 
     def within_max_objects() -> Iterator[Scene]:
@@ -764,7 +743,7 @@ def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_object
             'record': np.array([scene.record for scene in batch], np.int32),
             'split': np.array([scene.split for scene in batch], np.int8),
         }
-        if batch[0].labels is not None:
+        if batch[0].labels is not None:  # all scenes have labels or none has
             arrays['mask'] = np.stack([scene.labels for scene in batch])
         for name, array in arrays.items():
             if name not in file:
@@ -789,10 +768,7 @@ def resize(images: list[np.ndarray], size: int) -> np.ndarray:
 
 
 class PreparedDataset(ImagesInMemory):
-    """One split of a file written by prepare(): in memory if it fits, else read batch by batch.
-
-    Raises DataError for a file that is missing or damaged, or that has no images in this split.
-    """
+    """One split of a file written by prepare(): in memory if it fits, else read batch by batch. Raises DataError."""
 
     def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, in_memory: bool | None = None):
         self.path = Path(path)
