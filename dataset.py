@@ -256,11 +256,7 @@ class Scene:
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """Yields the payload of each record of a TFRecord file, GZIP or plain.
-
-    Checks the checksum of each length; that of a payload would take a second per megabyte in Python, and GZIP has
-    its own. Raises DataError for a damaged, incomplete or empty file.
-    """
+    """Yields the payload of each record of a TFRecord file, GZIP or plain. Raises DataError for a damaged file."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
     number, again = 0, 'delete the file and fetch it again'
@@ -273,7 +269,7 @@ def read_records(path: Path) -> Iterator[bytes]:
                 if masked_crc32c(header[:8]) != checksum:
                     raise zlib.error('its length does not match its checksum')
                 payload = file.read(length)
-                if len(payload) < length or len(file.read(4)) < 4:
+                if len(payload) < length or len(file.read(4)) < 4:  # its checksum would take a second per megabyte
                     raise EOFError
                 yield payload
                 number += 1
@@ -348,10 +344,7 @@ def read_published(path: Path, source: Published, resolution: int) -> Iterator[S
 
 
 def read_clevr_v1(folder: Path) -> Iterator[Scene]:
-    """Yields the scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val split becomes test.
-
-    Raises DataError for a JSON file that does not list scenes, and for missing pictures.
-    """
+    """Yields the scenes of a CLEVR_v1.0 folder, without masks. Half of its val split becomes test. Raises DataError."""
     scenes = []  # picture, number of objects, split
     for name in ('train', 'val'):
         file = folder / 'scenes' / f'CLEVR_{name}_scenes.json'
@@ -478,9 +471,9 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
 
 
 def walk(folder: Path, leave_out: Path | None = None) -> dict[Path, str]:
-    """Lists picture files in natural order. Follows symbolic links, visits a folder once, skips hidden names.
+    """Returns picture files in natural order, each with its path relative to `folder` in lower case, without ending.
 
-    The key of a file is its path relative to `folder`, in lower case and without its ending.
+    Follows symbolic links, visits a folder once, and skips hidden names.
     """
     found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -526,9 +519,7 @@ class PictureFolder(ImagesInMemory):
     The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 % each for
     validation and test. Adding or removing a picture moves no other one, except in a small folder: a split that would
     be empty takes the picture with the nearest hash. A picture that cannot be read is reported and skipped.
-
-    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and pictures that exceed
-    half of the available memory.
+    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and too little memory.
     """
 
     def __init__(
@@ -610,8 +601,7 @@ def find_source(dataset: str, data_dir: Path, variant: str, url: str | None, fet
     if fetch:
         download(url or f'{BUCKET}/{published}', file)
         return file
-    gigabytes = PUBLISHED[dataset].gigabytes
-    size = f' ({gigabytes} GB)' if gigabytes else ''
+    size = f' ({PUBLISHED[dataset].gigabytes} GB)' if PUBLISHED[dataset].gigabytes else ''
     folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
     flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
     raise DataError(
@@ -622,10 +612,7 @@ def find_source(dataset: str, data_dir: Path, variant: str, url: str | None, fet
 
 
 def download(url: str, path: Path, attempts: int = 5) -> None:
-    """Downloads `url` to `path`. The data go to `path`.part first, and an interrupted download is continued.
-
-    Raises DataError if the download fails; `path`.part is kept for the next call.
-    """
+    """Downloads `url` to `path`. Raises DataError if this fails; the next call continues from the file `path`.part."""
     part = path.with_name(f'{path.name}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(attempts):
