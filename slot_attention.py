@@ -1,14 +1,16 @@
 """Slot Attention: the module, the autoencoder, test-time search, scores and checkpoints.
 
     from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_model
-    model = SlotAttentionAutoEncoder(ModelConfig(resolution=64))
+    model = SlotAttentionAutoEncoder(ModelConfig('paper', resolution=64, hidden_dim=32))  # the paper's model, or:
+    model = SlotAttentionAutoEncoder(ModelConfig(resolution=64))                          # the fast variant
     recons, masks, slots, attn = model(images)           # images [B, 3, 64, 64] in [-1, 1]
     model = load_model('logs/checkpoints/last.pth')
 
 Implements Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
 called "the paper" below. The file has five parts:
 
-    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7; equal to the authors' code
+    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is ReconstructionLoss in train.py);
+                         tests/test_reference.py compares it with the authors' code
     2. The fast variant  FramedSlotAttention, Glimpse, ImplicitDecoder: learns in minutes on a CPU
     3. Search            prune_and_reseed, refine: improve the slots of one image at test time
     4. Scores            FG-ARI, ARI, mBO, mIoU
@@ -41,14 +43,16 @@ class SlotAttention(nn.Module):
     """Iterative attention in which slots compete for the inputs (paper Section 2.1, Algorithm 1).
 
     The initial slots are samples of one Gaussian with learned mean and standard deviation, so slots
-    are exchangeable and their number may change from call to call.
+    are exchangeable and their number may change from call to call. Attention is [B, K, N], slots times
+    inputs: the transpose of the paper's.
 
     input_dim       size of an input vector
     num_slots       K, number of slots if forward() gets none
     slot_dim        D, size of a slot
     num_iterations  T, number of iterations if forward() gets none
     gradient        'full': backpropagate through all iterations (the paper); 'first_order': through
-                    the last one only (Chang et al. 2022, arXiv 2207.00787)
+                    the last one only, and straight through to the initial slots (Chang et al. 2022,
+                    arXiv 2207.00787; BO-QSA, Jia et al. 2023, arXiv 2210.08990)
     """
 
     def __init__(
@@ -68,12 +72,12 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, 2 * slot_dim), nn.ReLU(), nn.Linear(2 * slot_dim, slot_dim))
         keras_init(self)
-        # Keras computes fan_in 1 and fan_out D for a [1, 1, D] weight; PyTorch would compute D and D.
+        # As Keras does for a weight [1, 1, D], whose fan-in is 1 to it; PyTorch would take D.
         nn.init.xavier_uniform_(self.slots_mu.data.view(1, -1))
         nn.init.xavier_uniform_(self.slots_log_sigma.data.view(1, -1))
 
     def initial_slots(self, batch_size: int, num_slots: int, generator: torch.Generator | None = None) -> Tensor:
-        """Samples slots ~ N(mu, diag(sigma)^2): [B, K, D], differentiable with respect to mu and log_sigma."""
+        """Samples slots ~ N(mu, diag(sigma^2)): [B, K, D], differentiable with respect to mu and log_sigma."""
         mu, sigma = self.slots_mu, self.slots_log_sigma.exp()
         shape = (batch_size, num_slots, self.slot_dim)
         return mu + sigma * torch.randn(shape, generator=generator, device=mu.device, dtype=mu.dtype)
@@ -96,35 +100,19 @@ class SlotAttention(nn.Module):
         inputs = self.norm_inputs(inputs)  # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
         for t in range(T):
-            if (
-                self.gradient == 'first_order' and t == T - 1
-            ):  # Chang et al. 2022, straight through to the initial slots
-                slots = slots.detach() + initial - initial.detach()  # (BO-QSA, Jia et al. 2023, Eq. 6)
+            if self.gradient == 'first_order' and t == T - 1:
+                slots = slots.detach() + initial - initial.detach()  # the slots' value, the initial slots' gradient
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots))  # [B, K, D]
             logits = q @ k.transpose(1, 2) * D**-0.5  # [B, K, N]
             attn = logits.softmax(dim=1)  # Eq. 1: softmax over the slots, [B, K, N]
-            weights = attn + 1e-8
+            weights = attn + 1e-8  # epsilon
             weights = weights / weights.sum(dim=2, keepdim=True)  # Eq. 2: mean over the inputs, [B, K, N]
             updates = weights @ v  # [B, K, D]
             slots = self.gru(updates.reshape(B * K, D), slots_prev.reshape(B * K, D)).reshape(B, K, D)
             slots = slots + self.mlp(self.norm_mlp(slots))  # [B, K, D]
             attns.append(attn)
         return slots, torch.stack(attns, dim=1)
-
-
-def keras_init(module: nn.Module) -> None:
-    """Initialises weights as Keras does by default: Glorot-uniform, zero biases, orthogonal recurrent weights."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.GRUCell):
-            nn.init.xavier_uniform_(layer.weight_ih)
-            nn.init.orthogonal_(layer.weight_hh)
-            nn.init.zeros_(layer.bias_ih)
-            nn.init.zeros_(layer.bias_hh)
 
 
 class SoftPositionEmbed(nn.Module):
@@ -142,24 +130,20 @@ class SoftPositionEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """CNN, position embedding and an MLP per position: images to a set of features (Tables 6 and 7).
+    """CNN, position embedding and an MLP per position: images to a set of features (Tables 6 and 7)."""
 
-    resolution  side of the square images, pixels
-    channels    output channels of each convolution
-    strides     stride of each convolution; the paper's is 1
-    """
-
-    def __init__(self, resolution: int, channels: list[int], strides: list[int], kernel_size: int = 5):
+    def __init__(self, resolution: int, hidden_dim: int):
         super().__init__()
-        layers, size = [], resolution
-        for in_channels, out_channels, stride in zip([3, *channels], channels, strides, strict=False):
-            layers += [nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2), nn.ReLU(True)]
-            size = math.ceil(size / stride)
-        self.conv = nn.Sequential(*layers)
-        self.grid_size, width = size, channels[-1]
-        self.position = SoftPositionEmbed(width, size)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        C, self.grid_size = hidden_dim, resolution
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(3, C, 5, padding=2), nn.ReLU(True)),
+            *(nn.Conv2d(C, C, 5, padding=2), nn.ReLU(True)),
+            *(nn.Conv2d(C, C, 5, padding=2), nn.ReLU(True)),
+            *(nn.Conv2d(C, C, 5, padding=2), nn.ReLU(True)),
+        )
+        self.position = SoftPositionEmbed(C, resolution)
+        self.norm = nn.LayerNorm(C, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
         keras_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -219,7 +203,7 @@ class SlotAttentionOutput(NamedTuple):
 
 
 class SlotAttentionAutoEncoder(nn.Module):
-    """Encodes an image to slots and reconstructs it from them (paper Section 2.2, Figure 2).
+    """Encodes an image to slots and reconstructs it from them (paper Section 2.2, Figure 1b).
 
     config  a ModelConfig; its `architecture` selects the three parts: paper_parts() or fast_parts()
     """
@@ -276,12 +260,30 @@ class SlotAttentionAutoEncoder(nn.Module):
 
 
 def paper_parts(config: 'ModelConfig') -> tuple[Encoder, SlotAttention, SpatialBroadcastDecoder]:
-    """Encoder, Slot Attention and decoder of Tables 4 and 6 (above 64 pixels) or Tables 5 and 7."""
-    C = config.hidden_dim
-    encoder = Encoder(config.resolution, channels=[C, C, C, C], strides=[1, 1, 1, 1])
-    slot_attention = SlotAttention(C, config.num_slots, config.slot_dim, config.num_iterations, config.gradient)
-    decoder = SpatialBroadcastDecoder(config.resolution, config.slot_dim, C)
-    return encoder, slot_attention, decoder
+    """Encoder, Slot Attention and decoder of the paper.
+
+    Above 64 pixels those of CLEVR6 (Tables 4 and 6, where hidden_dim is 64), up to 64 pixels those of Tetrominoes
+    and Multi-dSprites (Tables 5 and 7, where it is 32).
+    """
+    return (
+        Encoder(config.resolution, config.hidden_dim),
+        SlotAttention(config.hidden_dim, config.num_slots, config.slot_dim, config.num_iterations, config.gradient),
+        SpatialBroadcastDecoder(config.resolution, config.slot_dim, config.hidden_dim),
+    )
+
+
+def keras_init(module: nn.Module) -> None:
+    """Initialises weights as Keras does by default: Glorot-uniform, zero biases, orthogonal recurrent weights."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.GRUCell):
+            nn.init.xavier_uniform_(layer.weight_ih)
+            nn.init.orthogonal_(layer.weight_hh)
+            nn.init.zeros_(layer.bias_ih)
+            nn.init.zeros_(layer.bias_hh)
 
 
 # =============================================================================================
@@ -303,6 +305,28 @@ def to_slot_frame(grid: Tensor, positions: Tensor, scales: Tensor, limit: float 
     bounds them to +-`limit`, so that functions of them stay bounded far from the slot.
     """
     return limit * torch.tanh((grid - positions[..., None]) / scales[..., None] / limit)
+
+
+class StridedEncoder(Encoder):
+    """An Encoder with 3x3 kernels and strides 2, 1, 2, 1: features on a grid of a quarter of the resolution.
+
+    The first two layers have half the channels, so that both halves cost about the same.
+    """
+
+    def __init__(self, resolution: int, hidden_dim: int):
+        nn.Module.__init__(self)
+        C, half = hidden_dim, math.ceil(hidden_dim / 2)
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(3, half, 3, stride=2, padding=1), nn.ReLU(True)),
+            *(nn.Conv2d(half, half, 3, padding=1), nn.ReLU(True)),
+            *(nn.Conv2d(half, C, 3, stride=2, padding=1), nn.ReLU(True)),
+            *(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(True)),
+        )
+        self.grid_size = math.ceil(math.ceil(resolution / 2) / 2)
+        self.position = SoftPositionEmbed(C, self.grid_size)
+        self.norm = nn.LayerNorm(C, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
+        keras_init(self)
 
 
 class FramedSlotAttention(SlotAttention):
@@ -485,16 +509,12 @@ class ImplicitDecoder(nn.Module):
         return decoded.unflatten(2, (y.shape[2], x.shape[2]))
 
 
-def fast_parts(config: 'ModelConfig') -> tuple[Encoder, FramedSlotAttention, ImplicitDecoder]:
-    """Encoder with strides 2, 1, 2, 1 and 3x3 kernels, framed Slot Attention, implicit decoder."""
-    C, half = config.hidden_dim, math.ceil(config.hidden_dim / 2)
-    # Half the channels at four times the positions: both halves of the encoder cost about the same.
-    encoder = Encoder(config.resolution, channels=[half, half, C, C], strides=[2, 1, 2, 1], kernel_size=3)
-    slot_attention = FramedSlotAttention(
-        C, encoder.grid_size, config.num_slots, config.slot_dim, config.num_iterations, config.gradient,
-        damping=config.damping,
-    )  # fmt: skip
-    return encoder, slot_attention, ImplicitDecoder(config.resolution, config.slot_dim, C)
+def fast_parts(config: 'ModelConfig') -> tuple[StridedEncoder, FramedSlotAttention, ImplicitDecoder]:
+    """Encoder, Slot Attention and decoder of the fast variant."""
+    encoder = StridedEncoder(config.resolution, config.hidden_dim)
+    sizes = config.hidden_dim, encoder.grid_size, config.num_slots, config.slot_dim
+    attention = FramedSlotAttention(*sizes, config.num_iterations, config.gradient, damping=config.damping)
+    return encoder, attention, ImplicitDecoder(config.resolution, config.slot_dim, config.hidden_dim)
 
 
 def decode_partial(

@@ -1,23 +1,29 @@
-"""Figures come out for any number of slots, colours stay with their slots, the script finds its way."""
+"""Figures for any number of slots, a slot's colour in every panel, operations on slots, and the script."""
 
 import csv
 import gc
 import os
 import re
 import resource
+import runpy
+import signal
+import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.tensorboard import SummaryWriter
 
+import slot_attention
 import visualize
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, save_checkpoint
+from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, prune_and_reseed, refine, save_checkpoint
 from visualize import visualize_attention_evolution, visualize_slot_decomposition, visualize_slots
 
 
@@ -93,7 +99,7 @@ def test_a_slot_has_the_same_colour_everywhere_and_no_other_has_it():
     assert np.allclose(tinted[20:28, 20:28], 0.35 * grey[20:28, 20:28] + 0.65 * colours[2])  # within
     assert np.allclose(tinted[16, 16:32], colours[2])  # the outline
     assert np.allclose(tinted[:15], grey[:15])  # the background
-    panels = visualize._attention_row(masks[0, :, 0], masks[0, :, 0], None)
+    (panels,) = visualize._attention_rows(masks[None, :, :, 0], None, 0)[1]
     assert [panel.title for panel in panels] == ['strongest', 'slot 2', 'slot 3', 'slot 4', 'slot 1']
     assert np.array_equal(panels[2].colour, colours[2]) and np.allclose(panels[2].pixels[5, 5], colours[2])
 
@@ -116,6 +122,20 @@ def test_the_last_running_sum_is_the_reconstruction():
     assert np.allclose(figure.axes[0].images[-1].get_array(), visualize._pixels(recons[0]), atol=1e-5)
 
 
+def test_images_without_labelled_objects_have_no_score_and_do_not_count():
+    images, recons, masks, _, rgbs, labels = scene(3)
+    labels[0], labels[1] = 0, 255
+    texts = texts_of(visualize_slots(images, recons, masks, None, rgbs, labels))
+    score = fg_ari(labels, masks)[2]
+    assert [text for text in texts if 'FG-ARI' in text] == [
+        f'FG-ARI\n{score:.2f}',
+        f'FG-ARI {score:.3f}, mean of 1 images',
+    ]
+    assert not any(
+        'FG-ARI' in text for text in texts_of(visualize_slots(images[:2], recons[:2], masks[:2], labels=labels[:2]))
+    )
+
+
 def test_the_error_is_dark_where_the_picture_is_right():
     right, wrong = torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)
     wrong[:, 3, 3] = 1
@@ -123,7 +143,7 @@ def test_the_error_is_dark_where_the_picture_is_right():
     assert bright[3, 3] and bright.sum() == 1
 
 
-def test_what_changed_between_iterations_is_said():
+def test_each_iteration_shows_its_entropy_and_its_ari_with_the_previous_one():
     attn = one_hot(torch.randint(0, 3, (1, 8, 8)), 3)[:, :, 0][:, None].repeat(1, 3, 1, 1, 1)
     attn[:, 0] = 1 / 3
     texts = texts_of(visualize_attention_evolution(attn))
@@ -154,7 +174,7 @@ def test_text_of_vector_files_is_text():
 
 def test_eight_images_are_rendered_within_two_seconds():
     images, recons, masks, _, rgbs, labels = scene(8, 7, 64)
-    visualize_slots(images[:1], recons[:1], masks[:1], 'first.png')  # fonts are looked for once
+    visualize_slots(images[:1], recons[:1], masks[:1], 'first.png')  # the first call searches for fonts
     start = time.process_time()
     visualize_slots(images, recons, masks, 'slots.png', rgbs, labels)
     assert time.process_time() - start < 2
@@ -198,7 +218,7 @@ def test_frames_that_are_alike_are_kept():
 
 
 def test_a_gif_keeps_the_colour_of_flat_areas():
-    """However many colours there are besides: a grey background is grey."""
+    """A grey background is grey, however many other colours there are."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     pixels[16:, :] = 207
     fig = Figure(figsize=(1, 1), dpi=64)
@@ -208,7 +228,7 @@ def test_a_gif_keeps_the_colour_of_flat_areas():
         assert np.abs(np.asarray(gif.convert('RGB'))[20:60, 4:60].astype(int) - 207).max() <= 1
 
 
-# Slots as handles
+# Operations on slots
 
 
 @pytest.mark.parametrize('order', [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])
@@ -225,11 +245,11 @@ def test_matching_recovers_a_permutation(order):
 
 
 def test_slots_are_put_in_the_order_of_others():
-    """Each image's by its own: how they are permuted may differ within a batch."""
+    """Each image has its own permutation."""
     masks, rgbs = torch.randn(2, 4, 1, 16, 16).mul(3).softmax(1), torch.rand(2, 4, 3, 16, 16)
     orders = torch.tensor([[2, 0, 3, 1], [3, 1, 0, 2]])[:, :, None, None, None]
     mixed = masks.take_along_dim(orders, 1), rgbs.take_along_dim(orders, 1)
-    for mended, right in zip(visualize.in_order_of(masks, *mixed), (masks, rgbs), strict=True):
+    for mended, right in zip(visualize.reorder_slots(masks, *mixed), (masks, rgbs), strict=True):
         torch.testing.assert_close(mended, right, rtol=0, atol=0)
 
 
@@ -249,16 +269,19 @@ def test_removing_a_slot_changes_only_its_own_pixels(architecture):
     for k in range(4):
         rgbs_after, masks_after = model.decode(visualize.remove(slots[0], k)[None])
         after = (rgbs_after * masks_after).sum(1)[0]
-        # The picture moves by as much as the slot's mask, from its colour to what the others draw there.
+        # Each pixel changes by the slot's mask, from the slot's colour to the reconstruction by the others.
         assert torch.allclose(before - after, masks[0, k] * (rgbs[0, k] - after), atol=1e-5)
-        assert (before - after).abs().max() > 1e-4 and masks_after[0, k].max() == 0
+        assert (before - after).abs().max() > 1e-4 and masks_after.shape[1] == 3
 
 
-def test_what_is_pasted_takes_the_place_of_the_slot_that_draws_least():
-    masks = one_hot(torch.tensor([0, 0, 0, 1, 1, 3]).view(1, 1, 6), 4)[0]
+def test_pasting_adds_a_slot_and_removing_it_restores_the_others():
     slots, new = torch.randn(4, 16), torch.randn(16)
-    edited = visualize.paste(slots, masks, new)
-    assert torch.equal(edited[2], new) and torch.equal(edited[[0, 1, 3]], slots[[0, 1, 3]])
+    assert torch.equal(visualize.paste(slots, new)[4], new)
+    assert torch.equal(visualize.remove(visualize.paste(slots, new), 4), slots)
+
+
+def test_largest_objects_leave_the_background_out():
+    masks = one_hot(torch.tensor([0, 0, 0, 1, 1, 3]).view(1, 1, 6), 4)[0]
     assert visualize.largest_objects(masks, 2) == [1, 3]
 
 
@@ -268,16 +291,20 @@ def test_edits_show_before_the_slot_and_after():
     for edit, columns in (('remove', 3), ('copy', 4), ('swap', 6), ('interpolate', 8)):
         panels = visualize.visualize_edit(model, slots, edit, f'{edit}.png').axes[0].images
         assert len(panels) == 2 * columns and Path(f'{edit}.png').is_file()
+    different = [slots[0], torch.cat([slots[1], slots[1, :2]])]  # images may have different numbers of slots
+    assert len(visualize.visualize_edit(model, different, 'swap').axes[0].images) == 12
     first, last = panels[2].get_array(), panels[6].get_array()  # of the interpolation: nothing yet, all of it
     assert np.allclose(first, panels[0].get_array(), atol=1e-6) and not np.allclose(last, first, atol=1e-3)
     with pytest.raises(ValueError, match='edit must be one of'):
         visualize.visualize_edit(model, slots, 'paint')
-    with pytest.raises(ValueError, match='swap needs 2 images'):
+    with pytest.raises(ValueError, match='swap needs at least 2 slots and 2 images'):
         visualize.visualize_edit(model, slots[:1], 'swap')
+    with pytest.raises(ValueError, match='remove needs at least 2 slots'):
+        visualize.visualize_edit(model, slots[:, :1], 'remove')
 
 
 def test_a_sweep_has_the_scores_of_every_call():
-    model = small_model(slot_init='gaussian')
+    model = small_model()
     images, *_, labels = scene(3)
     table = visualize.sweep(model, {'image': images, 'mask': labels}, (2, 6), (1, 3))
     assert [(row['num_slots'], row['num_iterations']) for row in table] == [(2, 1), (2, 3), (6, 1), (6, 3)]
@@ -291,16 +318,16 @@ def test_a_sweep_has_the_scores_of_every_call():
 
 # Command line
 
-DATA = visualize.DATA | dict(resolution=16, max_objects=3, min_objects=1)
+DATA = dict(dataset_type='shapes', resolution=16, max_objects=3, min_objects=1)
 
 
-def small_checkpoint(path, step=0):
+def small_checkpoint(path, step=0, data=DATA):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, small_model(num_slots=3), data=DATA, progress={'step': step})
+    save_checkpoint(path, small_model(num_slots=3), data=data, progress={'step': step})
     return path
 
 
-def test_the_newest_checkpoint_is_rendered(capsys):
+def test_the_newest_checkpoint_is_drawn(capsys):
     older = small_checkpoint(Path('logs/checkpoints/best_model.pth'))
     newer = small_checkpoint(Path('logs/run_1/checkpoints/last.pth'))
     os.utime(older, (1, 1))
@@ -312,7 +339,7 @@ def test_the_newest_checkpoint_is_rendered(capsys):
     assert {Path(line).name for line in printed[1:]} == names
 
 
-def test_without_a_checkpoint_the_model_is_untrained_and_said_to_be(capsys):
+def test_without_a_checkpoint_an_untrained_model_is_drawn_and_named_untrained(capsys):
     assert run('--num_images', 1, '--output_dir', 'elsewhere') == 0
     assert 'UNTRAINED' in capsys.readouterr().out
     assert Path('elsewhere/slots.png').is_file()
@@ -325,7 +352,7 @@ def test_edits_and_sweeps_of_a_checkpoint(capsys):
     assert run('--sweep', '--num_images', 2) == 0
     with open('visualizations/sweep.csv') as file:
         rows = list(csv.DictReader(file))
-    assert {row['num_slots'] for row in rows} == {'2', '3', '4', '5', '6', '7'}  # Gaussian slots: more than trained
+    assert {row['num_slots'] for row in rows} == {'2', '3', '4', '5', '6', '7'}  # more than in training, too
     assert all(0 <= float(row['mse']) < 9 and -1 <= float(row['fg_ari']) <= 1 for row in rows)
     assert Path('visualizations/sweep.png').is_file()
 
@@ -335,11 +362,33 @@ def test_pictures_of_your_own_get_figures_and_integer_labels(capsys):
     Image.new('RGB', (50, 30), 'red').save('a.jpg')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save('b.png')
     assert run('--image', 'a.jpg', 'b.png') == 0
-    with Image.open('visualizations/b_1_mask.png') as mask:
-        assert mask.mode == 'L' and mask.size == (16, 16) and np.asarray(mask).max() < 3
-    assert Path('visualizations/a_0_mask.png').is_file() and Path('visualizations/slots.png').is_file()
-    assert run('--image', 'nowhere.png') == 2
-    assert 'nowhere.png cannot be read as a picture' in capsys.readouterr().err
+    printed = [Path(line).name for line in capsys.readouterr().out.splitlines()[1:]]
+    masks = {f'{name}_{kind}mask.png' for name in ('a_0', 'b_1') for kind in ('', 'full_')}
+    assert {'slots.png', 'decomposition_1.png'} | masks <= set(printed)
+    assert all(Path('visualizations', name).is_file() for name in printed)
+
+
+def test_search_draws_the_slots_that_remain_and_says_so(monkeypatch, capsys):
+    """An untrained model needs a high threshold to lose slots."""
+    prune = partial(prune_and_reseed, prune_threshold=1.0)
+    monkeypatch.setattr(visualize, 'prune_and_reseed', prune)
+    path = small_checkpoint(Path('logs/checkpoints/last.pth'))
+    args = visualize.parse_args(['--search', '--num_images', '2'])
+    job = visualize.open_checkpoint(path, args)
+    images = job.load_batch()['image']
+    with torch.no_grad():
+        recons, masks, rgbs, slots, _ = job.run_model(images)
+        initial = job.model.slot_attention.initial_slots(2, 3, torch.Generator().manual_seed(0))
+        found, slot_mask = prune(job.model, images, initial)
+        found = refine(job.model, images, found, slot_mask)
+    assert [len(s) for s in slots] == slot_mask.sum(1).tolist() == [1, 1]
+    assert torch.equal(slots[0], found[0][slot_mask[0]])
+    assert masks[~slot_mask].max() == 0 and torch.allclose(recons, (rgbs * masks).sum(1))
+    titles = []
+    monkeypatch.setattr(visualize, 'visualize_slots', lambda *args: titles.append(args[-1]))
+    assert visualize.main(args) == 0 and titles == ['searched slots']
+    assert run('--edit', '--search', '--num_images', 2) == 2
+    assert 'remove needs at least 2 slots' in capsys.readouterr().err
 
 
 def test_how_slots_emerged_has_a_frame_for_each_step():
@@ -355,7 +404,7 @@ def test_how_slots_emerged_has_a_frame_for_each_step():
 
 
 def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
-    """Slots change places at random from call to call, but not in the figures."""
+    """The order of the slots is random in every call, but not in the figures."""
     path = small_checkpoint(Path('logs/checkpoints/last.pth'))
     rng, seen = np.random.default_rng(0), []
     Path('frames').mkdir()
@@ -363,18 +412,18 @@ def test_a_slot_keeps_its_number_from_frame_to_frame(monkeypatch):
         picture = np.full((16, 16, 3), 90, np.uint8)
         picture[4:8, n : n + 5], picture[10:14, 9 - n : 14 - n] = (255, 0, 0), (0, 0, 255)
         Image.fromarray(picture).save(f'frames/{n:03d}.{"png" if n else "tif"}')
-    Image.new('L', (16, 16)).save('frames/001_mask.png')  # the labels of a picture are none
+    Image.new('L', (16, 16)).save('frames/001_mask.png')  # a mask is no frame
 
-    def see(job, images):
+    def run_model(job, images):
         red, blue = images[:, 0] > 0.5, images[:, 2] > 0.5
         masks = torch.stack([red, blue, ~(red | blue)], dim=1)[:, rng.permutation(3), None].float()
-        return images, masks, None, None, images[:, None].expand(-1, 3, -1, -1, -1)
+        return images, masks, images[:, None].expand(-1, 3, -1, -1, -1), None, None
 
     def watched(images, recons, masks, *args, **kwargs):
         seen.append([images[0, 0][masks[0, k, 0] > 0].mean().item() for k in range(3)])
         return visualize_slots(images, recons, masks, *args, **kwargs)
 
-    monkeypatch.setattr(visualize.Job, 'see', see)
+    monkeypatch.setattr(visualize.Job, 'run_model', run_model)
     monkeypatch.setattr(visualize, 'visualize_slots', watched)
     assert run('--frames', 'frames', '--checkpoint', path) == 0
     assert len(seen) == 4 and all(row == pytest.approx(seen[0]) for row in seen)
@@ -393,17 +442,243 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
     figure = visualize.visualize_training(['logs/a', 'logs/b'])
     curves = [[list(line.get_ydata()) for line in ax.lines] for ax in figure.axes]
     assert curves[0] == [pytest.approx([1, 1 / 2, 1 / 3])] * 2 and curves[1][0] == [0.25, 0.5, 0.75]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ['logs/a', 'logs/b']
-    assert run('--training', '--log_dir', 'elsewhere') == 2
-    assert 'no training curves to draw' in capsys.readouterr().err
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['logs/a', 'logs/b']
+    with pytest.raises(ValueError, match='no training curves in logs'):
+        visualize.visualize_training(['logs'])
+
+
+def test_many_runs_leave_the_plots_their_size():
+    for n in range(18):
+        with SummaryWriter(f'logs/{n:02d} with a rather long name') as writer:
+            writer.add_scalar('train/loss', 1, 1)
+    folders = sorted(Path('logs').iterdir())
+
+    def inches(figure):
+        figure.draw_without_rendering()
+        return figure.axes[0].get_position().size * figure.get_size_inches()
+
+    few, many = visualize.visualize_training(folders[:2]), visualize.visualize_training(folders)
+    assert np.allclose(inches(few), inches(many), rtol=0.03)
+    plots = many.axes[0].get_tightbbox().union([ax.get_tightbbox() for ax in many.axes])
+    legend = many.legends[0].get_window_extent()
+    assert not legend.overlaps(plots) and many.bbox.x0 <= legend.x0 and legend.x1 <= many.bbox.x1
+    looks = {(tuple(line.get_color()), line.get_linestyle()) for line in many.axes[0].lines}
+    assert len(looks) == 18
+
+
+# Own pictures
+
+
+def drawn_images(monkeypatch, *flags) -> torch.Tensor:
+    """The images [B, 3, H, W] that a call of the script draws."""
+    seen = []
+    monkeypatch.setattr(visualize, 'visualize_slots', lambda images, *args, **kwargs: seen.append(images))
+    assert run(*flags) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize('size', [(320, 240), (480, 320)])
+def test_a_picture_for_a_model_of_clevr_is_cropped_and_resized_as_its_data(monkeypatch, size):
+    """TFRecords hold 320 x 240 pixels, CLEVR_v1.0 480 x 320; both are cropped to rows 29:221 of 240."""
+    path = small_checkpoint(Path('clevr.pth'), data=DATA | {'dataset_type': 'clevr6'})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    picture.save('scene.png')
+    if size != (320, 240):
+        picture = picture.resize((360, 240), Image.Resampling.BILINEAR)
+    left = (picture.width - 192) // 2
+    window = torch.from_numpy(np.array(picture)[29:221, left : left + 192]).permute(2, 0, 1)[None].float()
+    expected = F.interpolate(window, (16, 16), mode='bilinear')[0] / 127.5 - 1
+    found = drawn_images(monkeypatch, '--image', 'scene.png', '--checkpoint', path)[0]
+    assert (found - expected).abs().max() < 1.5 / 127.5
+
+
+@pytest.mark.parametrize('dataset_type', ['shapes', 'images'])
+def test_a_picture_for_other_models_is_cropped_at_the_centre(monkeypatch, dataset_type):
+    path = small_checkpoint(Path('other.pth'), data=DATA | {'dataset_type': dataset_type})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8))
+    picture.save('picture.png')
+    expected = ImageOps.fit(picture, (16, 16), Image.Resampling.BILINEAR)
+    found = drawn_images(monkeypatch, '--image', 'picture.png', '--checkpoint', path)[0]
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def two_slots_and_background(job, images):
+    """Slot 1: the left quarter of the image, slot 3: the right quarter, slot 2: the rest."""
+    labels = torch.ones(len(images), 16, 16, dtype=torch.long)
+    labels[:, :, :4], labels[:, :, 12:] = 0, 2
+    masks = one_hot(labels, 3)
+    attn = masks[:, :, 0][:, None].expand(-1, 2, -1, -1, -1)
+    return images, masks, images[:, None].expand(-1, 3, -1, -1, -1), None, attn
+
+
+def test_masks_of_own_pictures_have_their_size_and_the_colours_of_the_slots(monkeypatch):
+    """0 is the background's slot, 1 and 3 are slots; the model does not see the 10 columns at either side."""
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    Image.new('RGB', (60, 40), 'red').save('a.jpg')
+    monkeypatch.setattr(visualize.Job, 'run_model', two_slots_and_background)
+    assert run('--image', 'a.jpg') == 0
+    with Image.open('visualizations/a_0_mask.png') as mask:
+        assert mask.mode == 'P' and mask.size == (16, 16)
+        assert np.unique(np.asarray(mask)).tolist() == [0, 1, 3]
+    with Image.open('visualizations/a_0_full_mask.png') as mask:
+        labels, colours = np.asarray(mask), np.asarray(mask.convert('RGB')) / 255
+    assert labels.shape == (40, 60)
+    assert labels[20].tolist() == [255] * 10 + [1] * 10 + [0] * 20 + [3] * 10 + [255] * 10
+    of_slots = visualize.slot_colours_of(3)
+    for column, colour in ((15, of_slots[0]), (30, visualize.BACKGROUND), (45, of_slots[2])):
+        assert np.allclose(colours[20, column], colour, atol=0.005)
+
+
+def test_the_mask_of_a_clevr_scene_lies_where_its_window_lies(monkeypatch):
+    path = small_checkpoint(Path('clevr.pth'), data=DATA | {'dataset_type': 'clevr6'})
+    Image.new('RGB', (320, 240), 'red').save('a.png')
+    monkeypatch.setattr(visualize.Job, 'run_model', two_slots_and_background)
+    assert run('--image', 'a.png', '--checkpoint', path) == 0
+    with Image.open('visualizations/a_0_full_mask.png') as mask:
+        labels = np.asarray(mask)
+    seen = labels != 255
+    assert seen[29:221, 64:256].all() and seen.sum() == 192 * 192
+    assert (labels[29:221, 64:112] == 1).all() and (labels[29:221, 112:208] == 0).all()
+
+
+def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsys):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    Path('frames').mkdir()
+    for n in (1, 2, 10):
+        Image.new('RGB', (16, 16), (20 * n, 0, 0)).save(f'frames/frame{n}.png')
+    Path('frames/frame3.png').write_text('no picture')
+    seen = []
+
+    def watched(images, *args, **kwargs):
+        seen.append((round((images[0, 0, 0, 0].item() + 1) * 127.5), args[-1]))
+        return visualize_slots(images, *args, **kwargs)
+
+    monkeypatch.setattr(visualize, 'visualize_slots', watched)
+    assert run('--frames', 'frames') == 0
+    assert seen == [(20, 'frame1.png'), (40, 'frame2.png'), (200, 'frame10.png')]
+    error = capsys.readouterr().err
+    assert 'frames/frame3.png' in error and error.startswith('skipped') and error.count('\n') == 1
+
+
+# Mistakes
+
+
+def test_a_folder_means_its_last_checkpoint(capsys):
+    small_checkpoint(Path('run/checkpoints/best_model.pth'))
+    last = small_checkpoint(Path('run/checkpoints/last.pth'))
+    os.utime(last, (1, 1))
+    for folder in ('run', 'run/checkpoints'):
+        assert run('--checkpoint', folder, '--num_images', 1) == 0
+        assert f'rendering {last}' in capsys.readouterr().out
+        assert run('--gif', '--checkpoint', folder, '--num_images', 1) == 0
+    Path('empty').mkdir()
+    assert run('--checkpoint', 'empty') == 2
+    assert 'no checkpoint at empty' in capsys.readouterr().err
+
+
+def test_figures_of_an_earlier_run_with_more_images_go_but_no_other_files(capsys):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    for suffix in ('png', 'svg', 'pdf'):
+        assert run('--num_images', 3, '--format', suffix) == 0
+        own = Path(f'visualizations/decomposition_3.{suffix}')
+        own.write_bytes(b'of the user')
+        assert run('--num_images', 1, '--format', suffix) == 0
+        left = {path.name for path in Path('visualizations').glob(f'*.{suffix}')}
+        assert left == {f'{name}.{suffix}' for name in ('slots', 'attention_evolution_0', 'decomposition_0')} | {
+            own.name
+        }
+    for number in (2, 1):
+        assert run('--gif', '--num_images', number) == 0
+    assert [path.name for path in Path('visualizations').glob('*.gif')] == ['attention_evolution_0.gif']
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        '--frames F --image x.png', '--frames F --num_images 3', '--frames F --format svg', '--sweep --num_slots 3',
+        '--sweep --num_iterations 3', '--sweep --search', '--training --num_slots 3', '--training --image x.png',
+        '--training --checkpoint x.pth', '--image x.png --num_images 3', '--image x.png --data_dir data',
+        '--gif --search', '--gif --format svg', '--checkpoint x.pth --log_dir elsewhere',
+        '--search --num_iterations 3',
+    ],
+)  # fmt: skip
+def test_flags_without_effect_are_refused(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        run(*argv.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count('\n') == 1
+    assert error.startswith('visualize.py: error: ') and 'has no effect' in error
+
+
+@pytest.mark.parametrize(
+    'argv',
+    ['--num_slots 0', '--num_slots -1', '--num_slots 300', '--num_iterations 0', '--num_images 0', '--seed -1',
+     '--edit --num_images 1', '--edit --image x.png', '--wrong', '--num_slots x', '--sweep --edit'],
+)  # fmt: skip
+def test_mistakes_on_the_command_line_cost_one_line(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        run(*argv.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count('\n') == 1 and error.startswith('visualize.py: error: ')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'parts'),
+    [
+        (['--training', '--log_dir', 'my logs'], ["python train.py --log_dir 'my logs'"]),
+        (['--frames', 'my frames'], ['no pictures in my frames', '.png', '--frames']),
+        (['--gif', '--checkpoint', 'my frames'], ['no checkpoints in my frames', 'python train.py --save_every 1']),
+        (['--checkpoint', 'shapes.pth', '--data_dir', 'data'], ['--data_dir has no effect', 'shapes']),
+        (['--checkpoint', 'bare.pth'], ['bare.pth', '--image']),
+        (['--checkpoint', 'newer.pth'], ['the data of the checkpoint', 'colours']),
+    ],
+)
+def test_a_message_names_the_source_and_the_remedy(capsys, flags, parts):
+    Path('my frames').mkdir()
+    small_checkpoint(Path('shapes.pth'))
+    small_checkpoint(Path('newer.pth'), data=DATA | {'colours': 3})
+    save_checkpoint('bare.pth', small_model())
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and all(part in error for part in parts)
+    assert not Path('visualizations').exists()
+
+
+def test_a_command_to_train_quotes_its_folder(capsys):
+    assert run('--log_dir', 'my logs', '--num_images', 1) == 0
+    assert "python train.py --log_dir 'my logs'" in capsys.readouterr().out
+
+
+class Interrupting(ModuleType):
+    """A module during whose import Ctrl-C is pressed."""
+
+    def __getattr__(self, name):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize('when', ['import', 'run'])
+def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys, when):
+    monkeypatch.setattr(sys, 'argv', ['visualize.py', '--checkpoint', 'any.pth'])
+    if when == 'import':
+        monkeypatch.setitem(sys.modules, 'dataset', Interrupting('dataset'))
+    else:
+        monkeypatch.setattr(slot_attention, 'load_checkpoint', lambda path: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
+            runpy.run_path(visualize.__file__, run_name='__main__')
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert exit.type is SystemExit and exit.value.code == 130
+    assert capsys.readouterr().err == 'visualize.py: interrupted\n'
 
 
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         (['--checkpoint', 'nowhere.pth'], 'no checkpoint at nowhere.pth'),
-        (['--num_slots', 0], 'at least 1 slot'),
-        (['--frames', 'nowhere'], 'nowhere holds no pictures'),
+        (['--image', 'nowhere.png'], 'nowhere.png cannot be read as a picture'),
         (['--gif', '--checkpoint', '.'], 'no checkpoints in .'),
         (['--output_dir', 'file/figures'], 'file/figures'),
     ],
@@ -411,6 +686,6 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
 def test_mistakes_cost_one_line(capsys, flags, message):
     Path('file').write_text('in the way')
     small_checkpoint(Path('logs/checkpoints/last.pth'))
-    assert run('--num_images', 1, *flags) == 2
+    assert run(*flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith('visualize.py: error: ') and error.count('\n') == 1
