@@ -8,10 +8,9 @@
     from dataset import create_dataloader
     train_loader, val_loader = create_dataloader(dataset_type='shapes', batch_size=32, resolution=64)
 
-A batch is a dict with `image`, float32 [B, 3, H, W] in [-1, 1], and, if the source has masks, `mask`,
-int64 [B, H, W]: 0 is the background and 1 to 254 are objects. 255 (IGNORE) marks pixels that every score
-leaves out, such as the outlines in Pascal VOC. If some pictures of a folder have masks, a picture without
-one has the label 255 everywhere.
+A batch is a dict with `image`, float32 [B, 3, H, W] in [-1, 1], and, if the source has masks, `mask`, int64 [B, H, W]:
+0 is the background, 1 to 254 are objects, and 255 (IGNORE) marks pixels that every score leaves out, such as the
+outlines in Pascal VOC. If some pictures of a folder have masks, a picture without one has the label 255 everywhere.
 """
 
 import os
@@ -30,14 +29,15 @@ import itertools
 import json
 import math
 import re
+import shutil
 import struct
 import time
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -123,11 +123,9 @@ def digest(*parts: object) -> str:
 
 def flip(batch: dict[str, Tensor], flipped: Tensor) -> dict[str, Tensor]:
     """Mirrors the images and masks of a batch left to right where `flipped` (bool [B]) is true."""
-    out = {}
-    for name, values in batch.items():
-        where = flipped.to(values.device).view(-1, *(1,) * (values.ndim - 1))  # (B, 1, ..., 1)
-        out[name] = torch.where(where, values.flip(-1), values)
-    return out
+    flipped = flipped.to(batch['image'].device)[:, None, None]  # (B, 1, 1)
+    where = {'image': flipped[:, None], 'mask': flipped}
+    return {name: torch.where(where[name], values.flip(-1), values) for name, values in batch.items()}
 
 
 # --- Shapes ----------------------------------------------------------------------------------
@@ -136,13 +134,10 @@ def flip(batch: dict[str, Tensor], flipped: Tensor) -> dict[str, Tensor]:
 class ShapesDataset(ImagesInMemory):
     """Circles, squares and triangles on a grey background, with instance labels.
 
-    The number of objects and their shape, position, size, rotation and colour are random. Objects may
-    overlap, but at least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed,
-    split, i): it does not depend on `size`, and no two splits share an image. All images are drawn in the
-    constructor and kept in memory.
-
-    Raises DataError for an unknown split, and for a size, resolution (16 to 256 pixels), number of objects
-    (1 to 16) or seed out of range.
+    The number of objects and their shape, position, size, rotation and colour are random. Objects may overlap, but at
+    least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed, split, i): it does not depend
+    on `size`, and no two splits share an image. All images are drawn in the constructor and kept in memory.
+    Raises DataError for an unknown split, and for a size, resolution, number of objects or seed out of range.
     """
 
     # The size of an object is the radius of the disc of equal area, as a fraction of the image side.
@@ -159,11 +154,9 @@ class ShapesDataset(ImagesInMemory):
         require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
         require(size >= 1, f'the number of images must be at least 1, not {size}')
         require(low <= resolution <= high, f'the resolution of shapes must be from {low} to {high}, not {resolution}')
-        require(
-            1 <= min_objects <= max_objects <= self.MAX_OBJECTS,
-            f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy '
-            f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}',
-        )
+        limits = f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}'
+        valid = 1 <= min_objects <= max_objects <= self.MAX_OBJECTS
+        require(valid, f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy {limits}')
         require(seed >= 0, f'the seed of shapes must not be negative, not {seed}')
         self.split, self.resolution, self.seed = split, resolution, seed
         self.min_objects, self.max_objects = min_objects, max_objects
@@ -180,42 +173,36 @@ class ShapesDataset(ImagesInMemory):
         image = np.full((3, self.resolution, self.resolution), 255 * rng.uniform(0.1, 0.9), np.float32)
         labels = np.zeros((self.resolution, self.resolution), np.uint8)
         count = rng.integers(self.min_objects, self.max_objects, endpoint=True)
-        areas = np.zeros(count + 1, int)  # full area of label 1, 2, ... in pixels
-        visible = np.zeros(count + 1, int)  # area that is not hidden by later objects
+        areas = np.zeros(count + 1, int)  # full area of each label in pixels; 0: the background may be hidden
         for label in range(1, count + 1):
-            (rows, columns), coverage, hidden = self._place(rng, labels, areas, visible)
+            (rows, columns), coverage = self._place(rng, labels, areas)
             inside = coverage > 0.5
+            hsv = rng.uniform((0, 0.6, 0.6), 1)  # saturated enough to stand out from any grey
+            colour = 255 * np.array(colorsys.hsv_to_rgb(*hsv), np.float32)[:, None, None]  # (3, 1, 1)
             behind = image[:, rows, columns]
-            behind += coverage * (255 * random_colour(rng)[:, None, None] - behind)
+            behind += coverage * (colour - behind)
             labels[rows, columns][inside] = label
-            visible -= hidden
-            areas[label] = visible[label] = np.count_nonzero(inside)
+            areas[label] = np.count_nonzero(inside)
         return (image + 0.5).astype(np.uint8).transpose(1, 2, 0), labels  # (H, W, 3), (H, W)
 
-    def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray, visible: np.ndarray):
-        """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible.
-
-        Returns the window of the image that contains it (two slices), the coverage [h, w] in [0, 1] of
-        the pixels of the window, and the number of pixels that the object hides of each label.
-        """
+    def _place(self, rng: np.random.Generator, labels: np.ndarray, areas: np.ndarray):
+        """Chooses a random object that leaves MIN_VISIBLE of every earlier object visible. Returns as _rasterise()."""
         shape = SHAPES[rng.integers(len(SHAPES))]
         radius = max(rng.uniform(self.MIN_SIZE, self.MAX_SIZE) * self.resolution, self.MIN_RADIUS)
+        visible = np.bincount(labels.ravel(), minlength=len(areas))  # pixels of each label
         while True:
             for _ in range(20):
                 x, y = rng.uniform(radius, self.resolution - radius, 2)
                 window, coverage = self._rasterise(shape, x, y, radius, rng.uniform(0, 2 * np.pi))
                 hidden = np.bincount(labels[window][coverage > 0.5], minlength=len(areas))
-                hidden[0] = 0  # the background may be hidden
                 if (visible - hidden >= self.MIN_VISIBLE * areas).all():
-                    return window, coverage, hidden
+                    return window, coverage
             radius = max(0.8 * radius, self.MIN_RADIUS)  # a smaller object fits into a crowded image
 
     def _rasterise(self, shape: str, x: float, y: float, radius: float, angle: float):
-        """Returns window and coverage of one object: its signed distance from the edge, clipped to one pixel."""
+        """Returns the window that contains an object (two slices), and the coverage [h, w] of its pixels in [0, 1]."""
         reach = 1.6 * radius + 1  # the corners of a triangle are 1.56 radii from its centre
-        rows, columns = (
-            slice(max(int(centre - reach), 0), min(int(centre + reach) + 1, self.resolution)) for centre in (y, x)
-        )
+        rows, columns = (slice(max(int(c - reach), 0), min(int(c + reach) + 1, self.resolution)) for c in (y, x))
         dy = np.arange(rows.start + 0.5 - y, rows.stop - y, dtype=np.float32)[:, None]
         dx = np.arange(columns.start + 0.5 - x, columns.stop - x, dtype=np.float32)
         if shape == 'circle':
@@ -226,13 +213,7 @@ class ShapesDataset(ImagesInMemory):
             normals = [angle + side * 2 * math.pi / sides for side in range(sides)]
             edges = [math.cos(normal) * dx + math.sin(normal) * dy for normal in normals]
             distance = np.maximum.reduce(edges) - apothem
-        return (rows, columns), (0.5 - distance).clip(0, 1)
-
-
-def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """Returns a random RGB colour in [0, 1], saturated enough to stand out from any grey."""
-    hue, saturation, value = rng.uniform((0, 0.6, 0.6), 1)
-    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
+        return (rows, columns), (0.5 - distance).clip(0, 1)  # the edge is one pixel wide
 
 
 # --- Published data sets ---------------------------------------------------------------------
@@ -252,7 +233,6 @@ class Published:
     backgrounds: int = 1  # number of leading masks of a record that are background
     entities_last: bool = False  # masks are [H, W, N, 1] instead of [N, H, W, 1]
     window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
-    records: int = 100_000  # later records are not used
 
 
 VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
@@ -262,7 +242,8 @@ PUBLISHED = {
     'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35),
     'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4),
 }
-SHARES = (0.7, 0.15, 0.15)  # train, val, test; of CLEVR's 100,000 records the paper trains on the first 70,000
+MAX_RECORDS = 100_000  # later records of a source are not used
+SHARES = (0.7, 0.15)  # train, val; the rest is test. The paper trains on the first 70,000 records of CLEVR
 
 
 @dataclass
@@ -271,29 +252,24 @@ class Scene:
     labels: np.ndarray | None  # uint8 [resolution, resolution]
     num_objects: int
     record: int  # number within the source
-    split: int | None = None  # index into SPLITS, if the source itself has splits
+    split: int = 0  # index into SPLITS, if the source itself has splits
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """Yields the payload of each record of a TFRecord file, GZIP or plain.
-
-    Checks the checksum of each length. The checksum of a payload is left to GZIP, because a CRC-32C in
-    Python takes a second per megabyte. Raises DataError for a damaged, incomplete or empty file.
-    """
+    """Yields the payload of each record of a TFRecord file, GZIP or plain. Raises DataError for a damaged file."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
     number, again = 0, 'delete the file and fetch it again'
-    with open(path, 'rb') as raw:
-        zipped = raw.read(2) == b'\x1f\x8b'
-        raw.seek(0)
-        file = gzip.GzipFile(fileobj=raw) if zipped else raw
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'\x1f\x8b'
+    with (gzip.open if zipped else open)(path, 'rb') as file:
         try:
             while header := file.read(12):
                 length, checksum = struct.unpack('<QI', header)
                 if masked_crc32c(header[:8]) != checksum:
                     raise zlib.error('its length does not match its checksum')
                 payload = file.read(length)
-                if len(payload) < length or len(file.read(4)) < 4:
+                if len(payload) < length or len(file.read(4)) < 4:  # its checksum would take a second per megabyte
                     raise EOFError
                 yield payload
                 number += 1
@@ -310,24 +286,19 @@ name: "example.proto" package: "published" syntax: "proto3"
 message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
 message_type { name: "Feature" field { name: "bytes_list" number: 1 type: TYPE_BYTES }
   field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".published.FloatList" } }
-message_type { name: "Features" field { name: "feature" number: 1
-    type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Features.FeatureEntry" }
-  nested_type { name: "FeatureEntry" options { map_entry: true } field { name: "key" number: 1 type: TYPE_STRING }
-    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } } }
+message_type { name: "Entry" field { name: "key" number: 1 type: TYPE_STRING }
+  field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } }
+message_type { name: "Features"
+  field { name: "feature" number: 1 type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Entry" } }
 message_type { name: "Example"
   field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" } }
 """
+POOL = descriptor_pool.DescriptorPool()
+POOL.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+Example = message_factory.GetMessageClass(POOL.FindMessageTypeByName('published.Example'))
 
 
-@cache
-def example_class() -> type:
-    """Returns the protobuf message class that EXAMPLE describes."""
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName('published.Example'))
-
-
-def bytes_of(features, name: str, pixels: int) -> np.ndarray:
+def bytes_of(features: dict, name: str, pixels: int) -> np.ndarray:
     """Returns the one-byte strings of a feature, uint8 [n * pixels]. Each is serialised as 0A 01 and the byte."""
     require(name in features, f'it has no {name!r}')
     wire = np.frombuffer(features[name].bytes_list, np.uint8)
@@ -336,14 +307,10 @@ def bytes_of(features, name: str, pixels: int) -> np.ndarray:
     return wire[2::3]
 
 
-def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns the image [h, w, 3] within the window, labels [resolution, resolution] and the number of objects.
-
-    `visibility` has entries for the backgrounds too, which are not counted. Without `visibility`,
-    an object is counted if its mask has a pixel. Raises DataError.
-    """
+def decode_record(number: int, payload: bytes, source: Published, resolution: int) -> Scene:
+    """Decodes record `number`. Raises DataError for one that does not hold what `source` says."""
     try:
-        features = example_class().FromString(payload).features.feature
+        features = {entry.key: entry.value for entry in Example.FromString(payload).features.feature}
     except DecodeError as error:
         raise DataError('it is damaged or not a tf.train.Example; fetch the file again') from error
     height, width = source.height, source.width
@@ -354,38 +321,31 @@ def decode_record(payload: bytes, source: Published, resolution: int) -> tuple[n
         masks = masks.reshape(height, width, -1).transpose(2, 0, 1)  # (N, H, W)
     else:
         masks = masks.reshape(-1, height, width)
-    rows, columns = (nearest(length, resolution) for length in image.shape[:2])
-    # Resizing before argmax leaves fewer pixels to take the argmax of.
+    # Labels are resized to the nearest pixel, before argmax: this leaves fewer pixels to take it of.
+    rows, columns = (((np.arange(resolution) + 0.5) * side / resolution).astype(int) for side in image.shape[:2])
     strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
     labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
     if 'visibility' in features:
         visible = np.array(features['visibility'].float_list.value) > 0
     else:
-        visible = masks.any(axis=(1, 2))
-    return np.repeat(image, 3 // image.shape[2], axis=2), labels, int(visible[source.backgrounds :].sum())
-
-
-def nearest(length: int, size: int) -> np.ndarray:
-    """Returns the indices [size] that nearest-neighbour resizing takes from `length` pixels."""
-    return ((np.arange(size) + 0.5) * length / size).astype(int)
+        visible = masks.any(axis=(1, 2))  # a mask with a pixel is an object
+    num_objects = int(visible[source.backgrounds :].sum())
+    return Scene(np.repeat(image, 3 // image.shape[2], axis=2), labels, num_objects, number)
 
 
 def read_published(path: Path, source: Published, resolution: int) -> Iterator[Scene]:
     """Yields the scenes of a published file. Raises DataError, with the number of the record, for a damaged one."""
-    for number, payload in enumerate(read_records(path)):
+    for number, payload in enumerate(itertools.islice(read_records(path), MAX_RECORDS)):
         try:
-            image, labels, count = decode_record(payload, source, resolution)
+            scene = decode_record(number, payload, source, resolution)
         except DataError as error:
             raise DataError(f'{path}: record {number} is not as expected: {error}') from error
-        yield Scene(image, labels, count, number)
+        yield scene
 
 
 def read_clevr_v1(folder: Path) -> Iterator[Scene]:
-    """Yields the scenes of a CLEVR_v1.0 folder: pictures and JSON, no masks. Half of its val split becomes test.
-
-    Raises DataError for a JSON file that does not list scenes, and for missing pictures.
-    """
-    scenes = []
+    """Yields the scenes of a CLEVR_v1.0 folder, without masks. Half of its val split becomes test. Raises DataError."""
+    scenes = []  # picture, number of objects, split
     for name in ('train', 'val'):
         file = folder / 'scenes' / f'CLEVR_{name}_scenes.json'
         if not file.is_file():
@@ -400,20 +360,18 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
         if missing:
             count = f'{len(missing)} of the {len(listed)} pictures that {file} names are missing'
             raise DataError(f'{count}, the first is {missing[0]}; fetch them again')
-        for index, (picture, count) in enumerate(listed):
-            scenes.append((picture, count, 0 if name == 'train' else 1 + (index >= len(listed) / 2)))
+        num_val = (len(listed) + 1) // 2
+        splits = [0] * len(listed) if name == 'train' else [1] * num_val + [2] * (len(listed) - num_val)
+        scenes += [(*scene, split) for scene, split in zip(listed, splits, strict=True)]
     require(len(scenes) > 0, f'{folder / "scenes"} has neither CLEVR_train_scenes.json nor CLEVR_val_scenes.json')
-    for number, (picture, count, split) in enumerate(scenes):
-        yield Scene(crop_clevr(picture), None, count, number, split)
+    for number, (picture, num_objects, split) in enumerate(scenes):
+        yield Scene(crop_clevr(picture), None, num_objects, number, split)
 
 
 def crop_clevr(path: Path) -> np.ndarray:
-    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3].
-
-    A picture of another size, such as the 480x320 of CLEVR_v1.0, is first resized to height 240. Raises DataError.
-    """
+    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3]. Raises DataError."""
     image, rows = open_picture(path), CLEVR_WINDOW[0]
-    if image.size != (320, 240):
+    if image.size != (320, 240):  # such as the 480x320 of CLEVR_v1.0
         image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
     left = (image.width - (rows.stop - rows.start)) // 2
     require(left >= 0, f'{path} is too narrow for the crop of clevr6: its width must be at least 0.8 times its height')
@@ -427,10 +385,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white.
-
-    Raises DataError, with the path, for a file that is not a picture or whose range of values is unknown.
-    """
+    """Opens a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white. Raises DataError."""
     try:
         with Image.open(path) as file:
             sixteen_bits = 'RGB;16' in str(file.tile)  # PIL keeps the upper 8 bits
@@ -449,11 +404,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scales integer or floating-point pixels [h, w] to uint8.
-
-    The value that becomes 255 is the first of 1 (floating point only), 255, 4095 and 65535 that no pixel
-    exceeds. Raises ValueError for negative values, NaN, and values above 65535.
-    """
+    """Scales pixels to uint8: the first of 1 (floats only), 255, 4095 and 65535 that none exceeds becomes 255."""
     low, high = values.min(), values.max()
     full = next((full for full in (1, 255, 4095, 65535)[values.dtype.kind != 'f' :] if high <= full), None)
     if full is None or low < 0:
@@ -462,36 +413,26 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def read_picture(path: Path, resolution: int, dataset_type: str = 'images') -> np.ndarray:
-    """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError.
-
-    The crop is that of the paper for 'clevr6' and the central square otherwise.
-    """
+    """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError."""
     if dataset_type == 'clevr6':
         return resize([crop_clevr(path)], resolution)[0]
     return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
 
 
 def read_mask(path: Path, picture: Path, size: tuple[int, int], resolution: int) -> np.ndarray:
-    """Reads the mask of a picture of `size` (width, height), crops it in the same way: labels uint8 [R, R].
-
-    Raises DataError for a mask of several channels, of 16 bits, or of another aspect ratio than the picture.
-    """
+    """Reads the mask of a picture of `size` (width, height), cropped in the same way: [R, R]. Raises DataError."""
     try:
         with Image.open(path) as file:
             mask, mode = ImageOps.exif_transpose(file), f'{file.format} mode {file.mode}'
     except UNREADABLE as error:
         raise DataError(f'mask {path} cannot be read: {error}; save it again') from error
-    require(
-        mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG'),
-        f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; '
-        "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')",
-    )
-    (width, height), (mask_width, mask_height) = size, mask.size
-    require(  # sides may have been rounded by a pixel
-        abs(mask_width * height - mask_height * width) <= max(*size, *mask.size),
-        f'mask {path} ({mask_width}x{mask_height}) and picture {picture} ({width}x{height}) differ in aspect ratio; '
-        'crop both in the same way',
-    )
+    labels = mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG')
+    convert = "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')"
+    require(labels, f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; {convert}')
+    width, height = size
+    same = abs(mask.width * height - mask.height * width) <= max(*size, *mask.size)  # sides may be rounded by a pixel
+    names = f'mask {path} ({mask.width}x{mask.height}) and picture {picture} ({width}x{height})'
+    require(same, f'{names} differ in aspect ratio; crop both in the same way')
     return np.asarray(ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST), np.uint8)
 
 
@@ -508,32 +449,32 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
     """
     if mask_dir is None and folder.name.lower() == 'images' and folder.is_dir():
         mask_dir = next((path for path in folder.parent.iterdir() if path.name.lower() == 'masks'), None)
-    keys = {path: key_of(path, folder) for path in walk(folder, leave_out=mask_dir)}
-    folders = {str(parent) for key in keys.values() for parent in PurePosixPath(key).parents}
-    pictures, masks = {}, []  # keys of pictures; masks with the key of their picture
-    for path, key in keys.items():
+    files = walk(folder, leave_out=mask_dir)
+    folders = {str(parent) for key in files.values() for parent in PurePosixPath(key).parents}
+    pictures, masks = {}, {}  # the key of each picture, and for each mask the key of its picture
+    for path, key in files.items():
         parallel = re.match('(|.*/)masks/', key)
         if parallel and f'{parallel[1]}images' in folders:
-            masks.append((f'{parallel[1]}images/{key[parallel.end() :]}', path))
+            masks[path] = f'{parallel[1]}images/{key[parallel.end() :]}'
         elif key.endswith('_mask'):
-            masks.append((key, path))
+            masks[path] = key
         else:
             pictures[path] = key
-    if mask_dir:
-        masks = [(key_of(path, mask_dir), path) for path in walk(mask_dir)]
     by_key: dict[str, Path] = {}
-    for key, mask in masks:
+    for mask, key in (walk(mask_dir) if mask_dir else masks).items():
         other = by_key.setdefault(key.removesuffix('_mask'), mask)
         require(other == mask, f'{other} and {mask} are masks of the same picture; remove one of them')
     # Below mask_dir, the folder `images` may be missing.
-    mask_of = {
-        path: by_key.get(key) or by_key.get(re.sub('(^|/)images/', r'\1', key)) for path, key in pictures.items()
-    }
+    shorter = {key: re.sub('(^|/)images/', r'\1', key) for key in pictures.values()}
+    mask_of = {path: by_key.get(key) or by_key.get(shorter[key]) for path, key in pictures.items()}
     return mask_of, sorted(set(by_key.values()) - set(mask_of.values()))
 
 
-def walk(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """Lists picture files in natural order. Follows symbolic links, visits a folder once, skips hidden names."""
+def walk(folder: Path, leave_out: Path | None = None) -> dict[Path, str]:
+    """Returns picture files in natural order, each with its path relative to `folder` in lower case, without ending.
+
+    Follows symbolic links, visits a folder once, and skips hidden names.
+    """
     found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in visited:
@@ -544,12 +485,8 @@ def walk(folder: Path, leave_out: Path | None = None) -> list[Path]:
         found += [Path(parent, name) for name in names if not name.startswith('.')]
     found = [path for path in found if path.suffix.lower() in PICTURES and path.is_file()]
     split = re.compile('([0-9]+)').split  # digits have odd indices
-    return sorted(found, key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
-
-
-def key_of(path: Path, folder: Path) -> str:
-    """Returns the path of a file relative to `folder`, in lower case and without its ending."""
-    return path.relative_to(folder).with_suffix('').as_posix().lower()
+    found.sort(key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
+    return {path: path.relative_to(folder).with_suffix('').as_posix().lower() for path in found}
 
 
 def split_by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
@@ -575,54 +512,50 @@ def report(problems: list[str]) -> None:
 class PictureFolder(ImagesInMemory):
     """Pictures below a folder, cropped to the central square and resized; labels from their masks, if any.
 
-    `find_masks` says which file is the mask of a picture. A mask has one channel of 8 bits (PIL modes 1, L
-    and P) and the aspect ratio of its picture. A mask that cannot be used is reported, and its picture is
-    used without it. If other pictures have a mask, a picture without one has the label IGNORE everywhere.
+    `find_masks` says which file is the mask of a picture. A mask has one channel of 8 bits (PIL modes 1, L and P) and
+    the aspect ratio of its picture. One that cannot be used is reported, and its picture is used without it. If other
+    pictures have a mask, a picture without one has the label IGNORE everywhere.
 
-    The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 %
-    each for validation and test. Adding or removing a picture moves no other one, except in a small folder:
-    a split that would be empty takes the picture with the nearest hash.
-
-    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and pictures that
-    exceed half of the available memory. Reports and skips a picture that cannot be read.
+    The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 % each for
+    validation and test. Adding or removing a picture moves no other one, except in a small folder: a split that would
+    be empty takes the picture with the nearest hash. A picture that cannot be read is reported and skipped.
+    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and too little memory.
     """
 
     def __init__(
         self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128,
         mask_dir: str | os.PathLike | None = None,
     ):  # fmt: skip
-        self.folder, self.resolution = Path(folder), resolution
-        mask_dir = None if mask_dir is None else Path(mask_dir)
-        for flag, path in (('data_dir', self.folder), ('mask_dir', mask_dir)):
+        folder, mask_dir, self.resolution = Path(folder), Path(mask_dir) if mask_dir else None, resolution
+        for flag, path in (('data_dir', folder), ('mask_dir', mask_dir)):
             require(path is None or path.is_dir(), f'no folder {path}; --{flag} must name an existing folder')
-        mask_of, alone = find_masks(self.folder, mask_dir)
+        mask_of, alone = find_masks(folder, mask_dir)
         formats = ', '.join(PICTURES)
         require(len(mask_of) >= 3, f'{folder} holds {len(mask_of)} pictures ({formats}); at least 3 are needed')
-        names = {path: path.relative_to(self.folder).as_posix() for path in mask_of}
+        names = {path: path.relative_to(folder).as_posix() for path in mask_of}
         sizes = {file: file.stat().st_size for pair in mask_of.items() for file in pair if file}  # bytes
-        self.fingerprint = digest(
-            *sorted((name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items())
-        )
+        files = [(name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items()]
+        self.fingerprint = digest(*sorted(files))
         paths = split_by_name(names)[split][:size]
         fits = len(paths) * resolution**2 * 4 <= psutil.virtual_memory().available / 2
         require(fits, f'{len(paths)} pictures do not fit in memory: use a smaller --resolution or --train_size')
-        self.problems = [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
-        if split != 'train':  # report masks without a picture once, not for each split
-            self.problems.clear()
+        self.problems = []
+        if split == 'train':  # report masks without a picture once, not for each split
+            self.problems += [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
         with ThreadPool() as pool:  # PIL decodes without holding the interpreter lock
             read = pool.imap(lambda path: self._read(path, mask_of[path]), paths)
             read = tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
             found = [pair for pair in read if pair is not None]
         require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read')
-        self.images = np.stack([image for image, _ in found])
-        labels = [labels for _, labels in found if labels is not None]
-        self.num_masks = len(labels)
-        if labels:
-            ignored = np.full_like(labels[0], IGNORE)
-            self.labels = np.stack([ignored if labels is None else labels for _, labels in found])
+        images, labels = zip(*found, strict=True)
+        self.images = np.stack(images)
+        self.num_masks = sum(mask is not None for mask in labels)
+        if self.num_masks:
+            ignored = np.full((resolution, resolution), IGNORE, np.uint8)
+            self.labels = np.stack([ignored if mask is None else mask for mask in labels])
             if not (self.labels % IGNORE).any():
-                meaning = f'0 is the background, and {IGNORE} marks pixels that no score counts'
-                self.problems.append(f'no {split} mask has an object; number objects from 1: {meaning}')
+                remedy = f'number objects from 1: 0 is the background, and {IGNORE} marks pixels that no score counts'
+                self.problems.append(f'no {split} mask has an object; {remedy}')
         report(self.problems)
 
     def __str__(self) -> str:
@@ -631,140 +564,110 @@ class PictureFolder(ImagesInMemory):
     def _read(self, path: Path, mask: Path | None) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Returns the image [R, R, 3] and labels [R, R] of a picture, or None for a picture that cannot be read."""
         try:
-            picture = open_picture(path)
+            picture, labels = open_picture(path), None
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
             return None
-        labels = None
-        if mask is not None:
-            try:
+        try:
+            if mask is not None:
                 labels = read_mask(mask, path, picture.size, self.resolution)
-            except DataError as error:
-                self.problems.append(f'{error} (the picture is used without it)')
+        except DataError as error:
+            self.problems.append(f'{error} (the picture is used without it)')
         return np.asarray(ImageOps.fit(picture, (self.resolution,) * 2, Image.Resampling.BILINEAR)), labels
 
 
-# --- Preparing -------------------------------------------------------------------------------
+# --- Prepared files --------------------------------------------------------------------------
 
 
-def prepared_path(
-    dataset: str, folder: Path, resolution: int, max_objects: int, variant: str, limit: int | None = None
-) -> Path:
+def prepared_path(dataset: str, folder: Path, size: int, max_objects: int, variant: str, limit: int | None) -> Path:
     """Returns the file that prepare() writes for these arguments."""
     name = f'{dataset}_{variant}' if dataset == 'multi_dsprites' else dataset
-    return folder / f'{name}_{resolution}_max{max_objects}{"" if limit is None else f"_limit{limit}"}.h5'
+    return folder / f'{name}_{size}_max{max_objects}{"" if limit is None else f"_limit{limit}"}.h5'
 
 
-def find_source(dataset: str, data_dir: Path, variant: str) -> Path | None:
-    """Returns the published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`, or None."""
+def find_source(dataset: str, data_dir: Path, variant: str, url: str | None, fetch: bool) -> Path:
+    """Returns the published file (or, for CLEVR, a folder CLEVR_v1.0) in `data_dir`.
+
+    If there is none, downloads the file, or without `fetch` raises DataError, which says how to get it.
+    """
     require(not data_dir.is_file(), f'--data_dir must name the folder that contains {data_dir}, not the file')
-    path = Path(PUBLISHED[dataset].path.format(variant))
-    candidates = [data_dir / path.name, data_dir / path]
+    published = PUBLISHED[dataset].path.format(variant)
+    file = data_dir / Path(published).name
+    candidates = [path for path in (file, data_dir / published) if path.exists()]
     if dataset == 'clevr6':
         candidates += [folder for folder in (data_dir / 'CLEVR_v1.0', data_dir) if (folder / 'scenes').is_dir()]
-    return next((candidate for candidate in candidates if candidate.exists()), None)
-
-
-def missing_source(dataset: str, data_dir: Path, variant: str) -> str:
-    """Returns the message for a published data set that is not in `data_dir`: how to get it."""
-    source = PUBLISHED[dataset]
+    if candidates:
+        return candidates[0]
+    if fetch:
+        download(url or f'{BUCKET}/{published}', file)
+        return file
+    size = f' ({PUBLISHED[dataset].gigabytes} GB)' if PUBLISHED[dataset].gigabytes else ''
     folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
-    size = '' if source.gigabytes is None else f' ({source.gigabytes} GB)'
     flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
-    return (
-        f'{data_dir} has no {dataset}: it needs {Path(source.path.format(variant)).name}{size}{folder}.\n'
+    raise DataError(
+        f'{data_dir} has no {dataset}: it needs {file.name}{size}{folder}.\n'
         f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {quote(str(data_dir))}\n'
-        f'  to download it yourself: {BUCKET}/{source.path.format(variant)}'
+        f'  to download it yourself: {BUCKET}/{published}'
     )
 
 
 def download(url: str, path: Path, attempts: int = 5) -> None:
-    """Downloads `url` to `path`. The data go to `path`.part first, and an interrupted download is continued.
-
-    Raises DataError if the download fails; `path`.part is kept for the next call.
-    """
-    part = path.with_name(path.name + '.part')
+    """Downloads `url` to `path`. Raises DataError if this fails; the next call continues from the file `path`.part."""
+    part = path.with_name(f'{path.name}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(attempts):
+        done = part.stat().st_size if part.exists() else 0  # bytes
         try:
-            total = _fetch(url, part)
-            if part.exists() and part.stat().st_size == total:
+            request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                if response.status != 206:
+                    done = 0  # the server sends the whole file
+                left = response.headers.get('Content-Length')
+                total = done + int(left) if left else None
+                options = dict(initial=done, total=total, desc=path.name, disable=None)
+                with open(part, 'ab' if done else 'wb') as file, tqdm.wrapattr(response, 'read', **options) as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                    done = file.tell()
+            if total is None or done == total:
                 os.replace(part, path)
                 return
             reason = 'the connection was closed'
-        except ValueError as error:
-            raise DataError(f'{url} cannot be downloaded: {error}') from error
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500:
+        except (ValueError, urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            code, reason = getattr(error, 'code', 0), getattr(error, 'reason', error)
+            if code == 416:  # nothing lies beyond `done`: `part` is of another file
+                part.unlink(missing_ok=True)
+            elif isinstance(error, ValueError) or 400 <= code < 500:
                 raise DataError(f'{url} cannot be downloaded: {error}; try another --url') from error
-            reason = str(getattr(error, 'reason', error))
         time.sleep(attempt)
-    megabytes = part.stat().st_size / 1e6 if part.exists() else 0
-    raise DataError(f'{url}: {reason} after {megabytes:,.1f} MB; run the same command again to continue from there')
-
-
-def _fetch(url: str, part: Path) -> int | None:
-    """Appends the missing bytes to `part`. Returns the size of the whole file, or None if `part` was another file."""
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing lies beyond `done`
-            raise
-        if (error.headers.get('Content-Range') or '').endswith(f'/{done}'):
-            return done
-        part.unlink()
-        return None
-    with response:
-        if response.status != 206:
-            done = 0  # the server sends the whole file
-        left = response.headers.get('Content-Length')
-        total = done + int(left) if left else None
-        bar = tqdm(total=total, initial=done, desc=part.stem, unit='B', unit_scale=True, disable=None)
-        with open(part, 'ab' if done else 'wb') as file, bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-    return part.stat().st_size if total is None else total
+    done = part.stat().st_size / 1e6 if part.exists() else 0
+    raise DataError(f'{url}: {reason} after {done:,.1f} MB; run the same command again to continue from there')
 
 
 def prepare(
     dataset: str, data_dir: str | os.PathLike, resolution: int, max_objects: int = 6, variant: str = VARIANTS[0],
     limit: int | None = None, url: str | None = None, fetch: bool = True, output_dir: str | os.PathLike | None = None,
 ) -> Path:  # fmt: skip
-    """Converts a published data set to one HDF5 file and returns its path.
+    """Converts a published data set to one HDF5 file and returns its path. The file gets its name when it is complete.
+
+    The first arguments are those of create_dataloader(); scenes with more than `max_objects` are left out.
 
     Args:
-        dataset: one of PUBLISHED
-        data_dir: folder of the source
-        resolution: side of the square images in pixels; images are resized bilinearly, labels to the nearest
-        max_objects: scenes with more objects are left out
-        variant: of multi_dsprites, one of VARIANTS
         limit: number of scenes after which to stop; the file has a name of its own, which contains the number
         url, fetch: address to download a missing source from (None: the published one), and whether to do so
         output_dir: folder of the prepared file (None: `data_dir`)
 
-    The file holds `image` uint8 [N, R, R, 3], `mask` uint8 [N, R, R] (if the source has masks), and
-    `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), each [N]. The split
-    depends on the number of the record only: of the records of the source (the first 100,000 if there are
-    more), the first 70 % are train, the next 15 % val, the rest test. The file gets its name when it is complete.
+    The file holds `image` uint8 [N, R, R, 3] (resized bilinearly) and `mask` uint8 [N, R, R] (to the nearest; if the
+    source has masks), and `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), all [N].
+    The split depends on the number of the record only: of the first 100,000 records of the source, 70 % are train, the
+    next 15 % val, the rest test.
 
-    Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and
-    for a folder that cannot be written to.
+    Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and for a
+    folder that cannot be written to.
     """
     source, data_dir = PUBLISHED[dataset], Path(data_dir)
-    raw = find_source(dataset, data_dir, variant)
-    if raw is None:
-        if not fetch:
-            raise DataError(missing_source(dataset, data_dir, variant))
-        raw = data_dir / Path(source.path.format(variant)).name
-        download(url or f'{BUCKET}/{source.path.format(variant)}', raw)
-    if raw.is_dir():
-        scenes = read_clevr_v1(raw)
-    else:
-        scenes = itertools.islice(read_published(raw, source, resolution), source.records)
+    raw = find_source(dataset, data_dir, variant, url, fetch)
     require(os.access(raw, os.R_OK), f'{raw} cannot be read; check its permissions')
+    scenes = read_published(raw, source, resolution) if raw.is_file() else read_clevr_v1(raw)
     path = prepared_path(dataset, Path(output_dir or data_dir), resolution, max_objects, variant, limit)
     part = path.with_name(f'.{path.name}.{os.getpid()}')  # differs from that of any other process
     try:
@@ -773,19 +676,18 @@ def prepare(
         with h5py.File(part, 'w') as file:
             file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
             file.attrs['window'] = str(source.window)
-            seen = _write_scenes(file, scenes, resolution, max_objects, limit)
+            seen = write_scenes(file, scenes, resolution, max_objects, limit)
             if raw.is_file():
-                ends = np.cumsum(SHARES[:-1]) * count_records(raw, source, seen if limit is None else None)
+                ends = np.cumsum(SHARES) * (seen if limit is None else count_records(raw, source))
                 file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
             file.flush()
         with open(part, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:  # the text of h5py has many lines
-        raise DataError(
-            f'{path} cannot be written: the folder is read-only or the disk is full; prepare it in another folder: '
-            f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
-        ) from error
+        reason = f'{path} cannot be written: the folder is read-only or the disk is full'
+        command = f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
+        raise DataError(f'{reason}; prepare it in another folder: {command}') from error
     finally:
         if part.exists():
             part.unlink()
@@ -794,65 +696,54 @@ def prepare(
 
 def remove_leftovers(folder: Path, raw: Path) -> None:
     """Deletes unfinished files of preparations and downloads that were killed."""
-    parts = [path for path in folder.glob('.*.h5.*') if path.suffix[1:].isdecimal()]
-    left = [path for path in parts if not psutil.pid_exists(int(path.suffix[1:]))]
-    for path in (*left, raw.with_name(f'{raw.name}.part')):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    for path in (*folder.glob('.*.h5.*'), raw.with_name(f'{raw.name}.part')):
+        process = path.suffix[1:]
+        if process == 'part' or (process.isdecimal() and not psutil.pid_exists(int(process))):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
-def count_records(path: Path, source: Published, seen: int | None) -> int:
-    """Returns the number of records that the splits are computed from; `seen` if the file was read to its end.
-
-    A file of at least 90 % of the published size is not read again: it has `source.records`.
-    """
+def count_records(path: Path, source: Published) -> int:
+    """Returns the number of records, at most MAX_RECORDS. A file of the published size is not read: it has all."""
     if source.gigabytes and path.stat().st_size > 0.9e9 * source.gigabytes:
-        return source.records
-    if seen is not None:
-        return seen
-    records = itertools.islice(read_records(path), source.records)
+        return MAX_RECORDS
+    records = itertools.islice(read_records(path), MAX_RECORDS)
     return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
 
 
-def _write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
-    """Writes scenes to `file`, 64 at a time, and returns the number read. Raises DataError if none is kept."""
+def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
+    """Writes the arrays described in prepare(). Returns the number of scenes read. Raises DataError if none is kept."""
     seen = 0
 
-    def kept() -> Iterator[Scene]:
+    def within_max_objects() -> Iterator[Scene]:
         nonlocal seen
         for scene in tqdm(scenes, 'preparing', unit=' scenes', disable=None):
             seen += 1
             if scene.num_objects <= max_objects:
                 yield scene
 
-    some = itertools.islice(kept(), limit)
-    while batch := list(itertools.islice(some, 64)):
-        _append_scenes(file, batch, size)
+    kept = itertools.islice(within_max_objects(), limit)
+    while batch := list(itertools.islice(kept, 64)):
+        arrays = {
+            'image': resize([scene.image for scene in batch], size),
+            'num_objects': np.array([scene.num_objects for scene in batch], np.int32),
+            'record': np.array([scene.record for scene in batch], np.int32),
+            'split': np.array([scene.split for scene in batch], np.int8),
+        }
+        if batch[0].labels is not None:  # all scenes have labels or none has
+            arrays['mask'] = np.stack([scene.labels for scene in batch])
+        for name, array in arrays.items():
+            if name not in file:
+                shape = array.shape[1:]
+                file.create_dataset(
+                    name, (0, *shape), array.dtype, maxshape=(None, *shape), chunks=(1, *shape) if shape else (1024,),
+                    compression='gzip' if name == 'mask' else None,  # makes masks a hundred times smaller
+                )  # fmt: skip
+            file[name].resize(len(file[name]) + len(array), axis=0)
+            file[name][-len(array) :] = array
     require('image' in file, f'none of {seen} scenes has at most {max_objects} objects')
     file.attrs['scenes_read'] = seen
     return seen
-
-
-def _append_scenes(file: h5py.File, scenes: list[Scene], resolution: int) -> None:
-    """Appends scenes, which all have labels or all have none, to the arrays described in prepare()."""
-    arrays = {
-        'image': resize([scene.image for scene in scenes], resolution),
-        'num_objects': np.array([scene.num_objects for scene in scenes], np.int32),
-        'record': np.array([scene.record for scene in scenes], np.int32),
-        'split': np.array([scene.split or 0 for scene in scenes], np.int8),
-    }
-    if scenes[0].labels is not None:
-        arrays['mask'] = np.stack([scene.labels for scene in scenes])
-    for name, array in arrays.items():
-        if name not in file:
-            shape = array.shape[1:]
-            file.create_dataset(
-                name, data=array, maxshape=(None, *shape), chunks=(1, *shape) if shape else (1024,),
-                compression='gzip' if name == 'mask' else None,  # makes masks a hundred times smaller
-            )  # fmt: skip
-        else:
-            file[name].resize(len(file[name]) + len(array), axis=0)
-            file[name][-len(array) :] = array
 
 
 def resize(images: list[np.ndarray], size: int) -> np.ndarray:
@@ -863,17 +754,11 @@ def resize(images: list[np.ndarray], size: int) -> np.ndarray:
     return stack.permute(0, 2, 3, 1).numpy()
 
 
-# --- Prepared files --------------------------------------------------------------------------
-
-
 class PreparedDataset(ImagesInMemory):
-    """One split of a file written by prepare(): in memory if it fits, else read batch by batch.
-
-    Raises DataError for a file that is missing or damaged, or that has no images in this split.
-    """
+    """One split of a file written by prepare(): in memory if it fits, else read batch by batch. Raises DataError."""
 
     def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, in_memory: bool | None = None):
-        self.path, self.file, self.owner = Path(path), None, None
+        self.path = Path(path)
         require(self.path.is_file(), f'no file {path}')
         try:
             with h5py.File(path) as file:
@@ -881,11 +766,10 @@ class PreparedDataset(ImagesInMemory):
                 self.names = ('image', 'mask') if 'mask' in file else ('image',)
                 self.fingerprint = digest(*(file[name][:].tobytes() for name in ('record', 'split', 'num_objects')))
                 self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
-                require(
-                    len(self.rows) > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)'
-                )
-                nbytes = len(self.rows) * self.resolution**2 * 4
-                self.in_memory = nbytes < psutil.virtual_memory().available / 2 if in_memory is None else in_memory
+                count = len(self.rows)
+                require(count > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)')
+                fits = count * self.resolution**2 * 4 < psutil.virtual_memory().available / 2
+                self.in_memory = fits if in_memory is None else in_memory
                 if self.in_memory:
                     piece = slice(self.rows[0], self.rows[-1] + 1)  # a split is nearly contiguous
                     self.images, *labels = (file[name][piece][self.rows - piece.start] for name in self.names)
@@ -902,13 +786,8 @@ class PreparedDataset(ImagesInMemory):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         if self.in_memory:
             return super().__getitems__(indices)
-        if self.owner != os.getpid():  # an HDF5 file must not be shared with a forked process
-            self.file, self.owner = h5py.File(self.path), os.getpid()
-        rows = self.rows[indices]
-        return to_batch(*(np.stack([self.file[name][row] for row in rows]) for name in self.names))
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {'file': None, 'owner': None}
+        with h5py.File(self.path) as file:  # an open file cannot be shared with worker processes
+            return to_batch(*(np.stack([file[name][row] for row in self.rows[indices]]) for name in self.names))
 
 
 # --- One interface for all sources -----------------------------------------------------------
@@ -921,9 +800,8 @@ def create_dataset(
 ) -> Dataset:  # fmt: skip
     """Creates one split ('train', 'val' or 'test') of a source with at most `size` images (None: all).
 
-    The other arguments are those of create_dataloader(). A published data set that is in `data_dir` as it
-    was published is prepared first. The attribute `fingerprint` of the result is a string that identifies the
-    images of all splits of the source: it changes if the source does. Raises DataError.
+    The other arguments are those of create_dataloader(). A published data set that is in `data_dir` as it was
+    published is prepared first. The `fingerprint` of the result changes if the source does. Raises DataError.
     """
     data_dir = Path(data_dir)
     require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
@@ -933,10 +811,11 @@ def create_dataset(
         return ShapesDataset(split, SHAPES_SIZE if size is None else size, resolution, max_objects, min_objects, seed)
     if dataset_type == 'images':
         return PictureFolder(data_dir, split, size, resolution, mask_dir)
-    named = data_dir.suffix == '.h5'
-    path = data_dir if named else prepared_path(dataset_type, data_dir, resolution, max_objects, variant)
-    if not named and not path.exists():
-        prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
+    path = data_dir
+    if path.suffix != '.h5':
+        path = prepared_path(dataset_type, data_dir, resolution, max_objects, variant, limit=None)
+        if not path.exists():
+            prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
     dataset = PreparedDataset(path, split, size)
     for name, wanted in (('resolution', resolution), ('max_objects', max_objects)):
         value = getattr(dataset, name)
@@ -951,8 +830,8 @@ def wrap_in_loader(
     """Creates a DataLoader that fetches whole batches.
 
     With `shuffle`, the order is a function of (seed, epoch) and incomplete batches are dropped: call
-    `loader.sampler.set_epoch(n)` before each epoch. With several processes, each loads every
-    `world_size`-th image of a batch, starting with image `rank`: every image is loaded exactly once.
+    `loader.sampler.set_epoch(n)` before each epoch. With several processes, each loads every `world_size`-th image
+    of a batch, starting with image `rank`: every image is loaded exactly once.
     """
     if shuffle:
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
@@ -966,23 +845,11 @@ def wrap_in_loader(
 
 
 def create_dataloader(
-    dataset_type: str = 'shapes',
-    batch_size: int = 32,
-    resolution: int = 64,
-    max_objects: int = 6,
-    min_objects: int = 2,
-    train_size: int | None = None,
-    val_size: int = 320,
-    seed: int = 0,
-    data_seed: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    data_dir: str | os.PathLike = 'data',
-    variant: str = VARIANTS[0],
-    rank: int = 0,
-    world_size: int = 1,
-    mask_dir: str | os.PathLike | None = None,
-) -> tuple[DataLoader, DataLoader]:
+    dataset_type: str = 'shapes', batch_size: int = 32, resolution: int = 64, max_objects: int = 6,
+    min_objects: int = 2, train_size: int | None = None, val_size: int = 320, seed: int = 0, data_seed: int = 0,
+    num_workers: int = 0, pin_memory: bool = False, data_dir: str | os.PathLike = 'data', variant: str = VARIANTS[0],
+    rank: int = 0, world_size: int = 1, mask_dir: str | os.PathLike | None = None,
+) -> tuple[DataLoader, DataLoader]:  # fmt: skip
     """Creates the loaders of the training and the validation split: (train_loader, val_loader).
 
     Args:
@@ -1027,18 +894,18 @@ SOURCE_FLAGS = dict.fromkeys(PUBLISHED, ('data_dir', 'max_objects')) | {
 def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int = 2) -> Image.Image:
     """Draws images and, below each row, their masks in colours; a pixel becomes scale x scale pixels."""
     columns = min(columns, len(dataset))
-    # Hues differ by the golden angle, so that adjacent labels have different colours.
-    colours = torch.tensor([colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(256)])
-    colours[0], colours[IGNORE] = 0.15, 1  # dark grey, white
-    lines = []
-    for row in range(min(rows, len(dataset) // columns)):
-        batch = dataset.__getitems__(list(range(row * columns, (row + 1) * columns)))
-        lines.append(batch['image'].permute(0, 2, 3, 1) / 2 + 0.5)  # (columns, H, W, 3)
-        if 'mask' in batch:
-            lines.append(colours[batch['mask']])
-    sheet = F.pad(torch.stack(lines), (0, 0, 0, 2, 0, 2), value=1)  # a white line between neighbours
-    sheet = (sheet * 255).round().byte().permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)  # (height, width, 3)
-    return Image.fromarray(sheet.numpy().repeat(scale, axis=0).repeat(scale, axis=1))
+    rows = min(rows, len(dataset) // columns)
+    batch = dataset.__getitems__(list(range(rows * columns)))
+    drawn = [batch['image'].permute(0, 2, 3, 1) / 2 + 0.5]  # (rows * columns, H, W, 3)
+    if 'mask' in batch:
+        # Hues differ by the golden angle, so that adjacent labels have different colours.
+        colours = torch.tensor([colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(256)])
+        colours[0], colours[IGNORE] = 0.15, 1  # dark grey, white
+        drawn.append(colours[batch['mask']])
+    sheet = F.pad(torch.stack(drawn), (0, 0, 0, 2, 0, 2), value=1)  # a white line between neighbours
+    sheet = sheet.unflatten(1, (rows, columns)).permute(1, 0, 3, 2, 4, 5)  # (rows, 1 or 2, H, columns, W, 3)
+    sheet = (sheet.flatten(0, 2).flatten(1, 2) * 255).round().byte().numpy()  # (height, width, 3)
+    return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1056,39 +923,37 @@ def create_parser() -> Parser:
         usage='python dataset.py [flags]',
     )
 
-    def add(name, help, default=None, group=parser, **kwargs):
+    def add(flag, help, default=None, **options):
         shown = '' if default is None else f' (default: {default})'
-        group.add_argument(name, help=help + shown, default=default, **kwargs)
+        group.add_argument(flag, help=help + shown, default=default, **options)
 
     # fmt: off
+    low, high = RESOLUTIONS
     sizes = ', '.join(f'{name} {size}' for name, (size, _) in SIZES.items())
     masked = 'NAME_mask.png beside NAME.jpg, or masks/NAME.png for images/NAME.jpg'
-    published = ', '.join(PUBLISHED)
     group = parser.add_argument_group('data')
-    add('--dataset', 'source of the images; shapes are drawn, images are pictures of your own', 'shapes', group,
+    add('--dataset', 'source of the images; shapes are drawn, images are pictures of your own', 'shapes',
         choices=DATASETS)
-    add('--data_dir', f'folder of the pictures (images), or of the published or prepared file ({published}); may also '
-        'name a prepared .h5 file', Path('data'), group, type=Path)
-    add('--mask_dir', f'images: folder of the masks, with the names of the pictures (default: {masked})', None, group,
-        type=Path)
-    add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], group, choices=VARIANTS)
-    add('--resolution', f'side of the square images in pixels, {RESOLUTIONS[0]} to {RESOLUTIONS[1]} (default: {sizes})',
-        None, group, type=int)
+    add('--data_dir', 'folder of the pictures (images), or of the published or prepared file '
+        f'({", ".join(PUBLISHED)}); may also name a prepared .h5 file', Path('data'), type=Path)
+    add('--mask_dir', f'images: folder of the masks, with the names of the pictures (default: {masked})', type=Path)
+    add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], choices=VARIANTS)
+    add('--resolution', f'side of the square images in pixels, {low} to {high} (default: {sizes})', type=int)
     add('--max_objects', 'largest number of objects in an image, 1 to 16 for shapes; published scenes with more are '
-        'left out; not for images', 6, group, type=int)
-    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, group, type=int)
-    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, group, type=int)
+        'left out; not for images', 6, type=int)
+    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, type=int)
+    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, type=int)
     group = parser.add_argument_group('sample sheet')
-    add('--num_images', 'number of images to load and count, at least 32', 1000, group, type=int)
-    add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), group, type=Path)
+    add('--num_images', 'number of images to load and count, at least 32', 1000, type=int)
+    add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), type=Path)
     group = parser.add_argument_group('preparing')
-    add('--prepare', 'convert this data set to one .h5 file; downloads the published file if --data_dir has none', None,
-        group, choices=tuple(PUBLISHED))
-    add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)', None,
-        group, type=Path)
-    add('--url', 'address to download the published file from', None, group)
+    add('--prepare', 'convert this data set to one .h5 file; downloads the published file if --data_dir has none',
+        choices=tuple(PUBLISHED))
+    add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)',
+        type=Path)
+    add('--url', 'address to download the published file from')
     add('--limit', 'stop after this many scenes and add the number to the name of the file. Training needs scenes of '
-        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', None, group, type=int)
+        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', type=int)
     # fmt: on
     return parser
 
@@ -1098,20 +963,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    preparing = {'prepare', 'output_dir', 'url', 'limit'}
+    mode, used = ('prepare', preparing) if args.prepare else ('dataset', {'dataset', 'num_images', 'output'})
     source = args.prepare or args.dataset
-    used = {'prepare', 'output_dir', 'url', 'limit'} if args.prepare else {'dataset', 'num_images', 'output'}
     for name in sorted(given - used - {'resolution', *SOURCE_FLAGS[source]}):
-        if not args.prepare and name in ('output_dir', 'url', 'limit'):
-            parser.error(f'--{name} is for --prepare only')
-        parser.error(f'--{name} has no effect with --{"prepare" if args.prepare else "dataset"} {source}')
+        reason = 'is for --prepare only' if name in preparing else f'has no effect with --{mode} {source}'
+        parser.error(f'--{name} {reason}')
+    low, high = RESOLUTIONS
+    if args.resolution is None:
+        args.resolution = SIZES[source][0]
+    if not low <= args.resolution <= high:
+        parser.error(f'--resolution must be from {low} to {high}, not {args.resolution}')
     if args.num_images < 32:
         parser.error(f'--num_images must be at least 32, not {args.num_images}')
     if args.limit is not None and args.limit < 1:
         parser.error(f'--limit must be at least 1, not {args.limit}')
-    if args.resolution is None:
-        args.resolution = SIZES[source][0]
-    if not RESOLUTIONS[0] <= args.resolution <= RESOLUTIONS[1]:
-        parser.error(f'--resolution must be from {RESOLUTIONS[0]} to {RESOLUTIONS[1]}, not {args.resolution}')
     return args
 
 
@@ -1130,11 +996,10 @@ def preview(args: argparse.Namespace) -> None:
     loading = time.perf_counter() - start
     masks = [mask for batch in batches for mask in batch.get('mask', ()) if (mask != IGNORE).any()]
     if masks:
-        counts = torch.tensor([len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks])
+        counts = Counter(len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks)
         print('objects  images')
-        for number, images in enumerate(torch.bincount(counts).tolist()):
-            if images:
-                print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(counts))}')
+        for number, images in sorted(counts.items()):
+            print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(masks))}')
     print(dataset)
     verb = 'drawing' if args.dataset == 'shapes' else 'reading'
     print(f'{verb} {len(dataset) / drawing:,.0f} images/s, loading {len(dataset) / loading:,.0f} images/s')
@@ -1155,12 +1020,10 @@ def main(args: argparse.Namespace) -> int:
         )  # fmt: skip
         seconds = time.perf_counter() - start
         with h5py.File(path) as file:
-            splits = np.bincount(file['split'][:], minlength=3)
-            read = int(file.attrs['scenes_read'])
+            splits, read = np.bincount(file['split'][:], minlength=3), int(file.attrs['scenes_read'])
+        megabytes = path.stat().st_size / 1e6
         print(f'{path}: {", ".join(f"{n} {split}" for n, split in zip(splits, SPLITS, strict=True))} images')
-        print(
-            f'{splits.sum()} of {read} scenes kept, {path.stat().st_size / 1e6:,.1f} MB, {read / seconds:.0f} scenes/s'
-        )
+        print(f'{splits.sum()} of {read} scenes kept, {megabytes:,.1f} MB, {read / seconds:.0f} scenes/s')
         if args.limit:
             print(f'to use this file instead of that of all scenes: --data_dir {quote(str(path))}')
     except (DataError, OSError) as error:

@@ -37,9 +37,9 @@ def test_every_object_keeps_most_of_its_area_in_sight(monkeypatch):
     place = ShapesDataset._place
 
     def record(self, *args):
-        window, coverage, hidden = place(self, *args)
+        window, coverage = place(self, *args)
         full.append(np.count_nonzero(coverage > 0.5))
-        return window, coverage, hidden
+        return window, coverage
 
     monkeypatch.setattr(ShapesDataset, '_place', record)
     data = ShapesDataset(size=100, max_objects=8, min_objects=8)
