@@ -371,6 +371,8 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
 def crop_clevr(path: Path) -> np.ndarray:
     """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3]. Raises DataError."""
     image, rows = open_picture(path), CLEVR_WINDOW[0]
+    if image.width <= image.height:  # it is cropped already
+        return np.asarray(ImageOps.fit(image, (192, 192), Image.Resampling.BILINEAR))
     if image.size != (320, 240):  # such as the 480x320 of CLEVR_v1.0
         image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
     left = (image.width - (rows.stop - rows.start)) // 2

@@ -54,7 +54,7 @@ from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dataset import DataError, create_dataset, find_pictures, open_picture, to_batch
+from dataset import DataError, Parser, create_dataset, find_pictures, open_picture, read_picture, to_batch
 from slot_attention import (
     IGNORE_LABEL,
     CheckpointError,
@@ -92,8 +92,6 @@ EDITS = {
     'swap': 'the largest objects of two images change places',
     'interpolate': 'the largest object turns into that of the next image',
 }
-# Side of the images that published data sets are resized from, pixels; CLEVR's are cropped to it.
-SOURCE_SIDES = {'clevr6': 192, 'multi_dsprites': 64, 'tetrominoes': 35, 'objects_room': 64}
 UNTRAINED_DATA = dict(dataset_type='shapes')  # arguments of create_dataset(); a checkpoint has those of its data
 
 
@@ -543,7 +541,7 @@ def _saved(fig: Figure, save_path: SavePath) -> Figure:
 
 
 def crop_box(width: int, height: int, dataset_type: str | None) -> tuple[float, float, float, float]:
-    """The square of a picture that a model sees: left, top, right and bottom in pixels.
+    """The square of a picture that dataset.read_picture() keeps: left, top, right and bottom in pixels.
 
     The centre. Of landscape pictures for a CLEVR model it is the paper's crop, rows 29 to 221 of 240; others are
     taken to be cropped already.
@@ -552,18 +550,6 @@ def crop_box(width: int, height: int, dataset_type: str | None) -> tuple[float, 
     if dataset_type == 'clevr6' and width > height:
         side, middle = min(width, height * 192 / 240), height * 125 / 240
     return (width - side) / 2, middle - side / 2, (width + side) / 2, middle + side / 2
-
-
-def fit_picture(picture: Image.Image, resolution: int, dataset_type: str | None) -> np.ndarray:
-    """Crops and resizes a picture as the training data: uint8 [R, R, 3].
-
-    The images of published data sets are resized without antialiasing, from SOURCE_SIDES pixels.
-    """
-    side = SOURCE_SIDES.get(dataset_type, resolution)
-    picture = picture.resize((side, side), Image.Resampling.BILINEAR, crop_box(*picture.size, dataset_type))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
-    pixels = F.interpolate(pixels, (resolution, resolution), mode='bilinear').round().byte()
-    return pixels[0].permute(1, 2, 0).numpy()
 
 
 def save_segmentation(
@@ -616,7 +602,7 @@ class Job:
     def read_images(self, paths: Iterable[Path]) -> dict[str, Tensor]:
         """Pictures of any size as a batch. Raises DataError."""
         kind = self.data.get('dataset_type')
-        return to_batch(np.stack([fit_picture(open_picture(p), self.model.config.resolution, kind) for p in paths]))
+        return to_batch(np.stack([read_picture(path, self.model.config.resolution, kind) for path in paths]))
 
     def run_model(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
         """recons, masks, rgbs, slots and attn of images [B, 3, H, W].
@@ -688,7 +674,7 @@ def render_emergence(jobs: list[Job]) -> None:
 def render_frames(job: Job) -> None:
     """A GIF of the pictures in --frames, in the natural order of their names: frame2 before frame10."""
     frames = []
-    for path in sorted(find_pictures(job.args.frames), key=natural_key):
+    for path in find_pictures(job.args.frames):
         try:
             frames.append((job, job.read_images([path]), job.title(path.name[:24])))  # frames must have one size
         except DataError as error:
@@ -766,12 +752,11 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
     return Job(model, data, step, args)
 
 
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def create_parser() -> Parser:
+    parser = Parser(
         prog='visualize.py', usage='python visualize.py [flags]', allow_abbrev=False,
         description='Draws the slots of a checkpoint for validation images or your own pictures.',
     )  # fmt: skip
-    parser.error = lambda message: parser.exit(2, f'visualize.py: error: {message}\n')  # one line, without the usage
 
     def add(group, name, help, **kwargs):
         default = '' if kwargs.get('default') is None else f' (default: {kwargs["default"]})'
