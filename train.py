@@ -142,13 +142,11 @@ def create_parser() -> Parser:
     )  # fmt: skip
 
     def add(name, type, default, help, choices=None):
-        kwargs = dict(default=default, help=help)
-        if type is bool:
-            kwargs |= dict(action='store_true')
-        else:
-            metavar = None if choices else {'int': 'N', 'float': 'X'}.get(type.__name__, 'PATH')
-            kwargs |= dict(type=type, choices=choices, metavar=metavar)
-        group.add_argument(f'--{name}', **kwargs)
+        metavar = None if choices else {'int': 'N', 'float': 'X'}.get(type.__name__, 'PATH')
+        group.add_argument(f'--{name}', type=type, default=default, help=help, choices=choices, metavar=metavar)
+
+    def add_switch(name, help):
+        group.add_argument(f'--{name}', action='store_true', help=help)
 
     # fmt: off
     group = parser.add_argument_group('data')
@@ -197,8 +195,8 @@ def create_parser() -> Parser:
         'checkpoint, or folder of a run, to continue or to score with --eval; auto: the newest in --log_dir. '
         'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')
     group = parser.add_argument_group('evaluation')
-    add('eval', bool, False, 'score --resume on the test images and exit')
-    add('search', bool, False, 'with --eval: also score slots that are pruned and reseeded, then refined, by '
+    add_switch('eval', 'score --resume on the test images and exit')
+    add_switch('search', 'with --eval: also score slots that are pruned and reseeded, then refined, by '
         'the reconstruction error of each test image')
     add('prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in '
         '[-1, 1] that justifies a slot')
@@ -206,7 +204,7 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('system')
     add('device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
     add('amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
-    add('compile', bool, False, 'torch.compile the training step: a minute at the first step, faster ones later')
+    add_switch('compile', 'torch.compile the training step: a minute at the first step, faster ones later')
     add('num_workers', number(0), 0, 'processes that load batches; 0: load in the training process')
     # fmt: on
     return parser
@@ -499,7 +497,6 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 def create_optimizers(model: SlotAttentionAutoEncoder, name: str) -> list[torch.optim.Optimizer]:
     """Adam, or Muon for the matrices and Adam for the rest; the learning rate is set in every step."""
-
     matrices, rest = [], []
     for p in model.parameters():
         is_matrix = p.ndim > 1 and min(p.flatten(1).shape) > 4  # not position embeddings, mu, sigma
@@ -571,25 +568,37 @@ class ReconstructionLoss(nn.Module):
         return F.mse_loss(recons.float(), images[:, :, rows][..., columns])
 
 
-@dataclass
 class Run:
-    """A training run: its parts, and its state between two checkpoints."""
+    """A training run, new or as it was when --resume was written: its parts, and its state between two checkpoints.
 
-    args: argparse.Namespace
-    context: DistributedContext
-    model: SlotAttentionAutoEncoder
-    loss: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    train_loader: DataLoader
-    val_loader: DataLoader
-    progress: Progress
-    stop: Stop
-    log: 'Log | None' = None  # opened when the run has its folder
-    total_steps: int = 0
-    clock: float = 0.0  # time of the last logged point
-    timed: int = 0  # images trained on since then
-    saved_at: float = 0.0  # time of the last write of a checkpoint
-    save_failed: bool = False
+    Raises the errors that main() prints.
+    """
+
+    def __init__(self, args: argparse.Namespace, context: DistributedContext):
+        torch.manual_seed(args.seed)
+        checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+        if checkpoint is None:
+            model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+        else:
+            model = build_model(checkpoint, args.resume)
+        self.args, self.context, self.model, self.stop = args, context, context.place(model), Stop()
+        with context.main_process_first():  # the data may have to be prepared
+            self.train_loader, self.val_loader = create_dataloader(
+                **data_of(args) | dict(seed=args.seed, data_seed=args.data_seed), batch_size=args.batch_size,
+                train_size=args.train_size or None, val_size=args.val_size, num_workers=args.num_workers,
+                pin_memory=context.device.type == 'cuda', rank=context.rank, world_size=context.world_size,
+            )  # fmt: skip
+        self.optimizers = create_optimizers(model, args.optimizer)
+        self.loss = context.wrap(ReconstructionLoss(model))
+        progress = Progress()
+        if checkpoint is not None:
+            progress = restore_training(self.optimizers, checkpoint['training'], args.resume)
+            check_fingerprint(self.train_loader.dataset, checkpoint, args.resume)
+        self.progress = progress
+        begin_of_epoch = progress.step - progress.seen // args.batch_size  # --batch_size may have changed
+        self.total_steps = args.steps or begin_of_epoch + (args.epochs - progress.epochs) * len(self.train_loader)
+        self.clock, self.timed = 0.0, 0  # time of the last logged point, and images trained on since then
+        self.saved_at, self.save_failed = 0.0, False  # time of the last write of a checkpoint
 
     @property
     def num_epochs(self) -> int:
@@ -620,7 +629,7 @@ def train_one_epoch(run: Run, epoch: int) -> None:
     run.clock, run.timed = time.monotonic(), 0
     bar = tqdm(
         itertools.islice(run.train_loader, first, last), f'epoch {epoch + 1}/{run.num_epochs}', last, initial=first,
-        leave=False, disable=True if context.rank > 0 else None,
+        leave=False, disable=context.rank > 0 or None,  # None: if the output is no terminal
     )  # fmt: skip
     for i, batch in enumerate(bar, first + 1):
         images, slots, pixels = prepare_batch(run, batch)
@@ -687,7 +696,7 @@ def learning_rate(
 def log_window(run: Run) -> str:
     """Logs the means over the steps since the last point, and returns them as text. Raises TrainingError."""
     progress = run.progress
-    losses, norms = torch.stack(progress.window).double().cpu().T  # [n] each
+    losses, norms = torch.stack([pair.cpu() for pair in progress.window]).double().T  # [n] each
     progress.window = []
     finite = torch.isfinite(losses + norms)
     lr = run.learning_rate(progress.step - 1)
@@ -787,13 +796,13 @@ def evaluate(
     slot again? Raises Interrupted.
     """
     model.eval()
-    batch_size = loader.batch_size * context.world_size
+    batch_size, T = loader.batch_size * context.world_size, args.num_iterations
     values = defaultdict(list)  # of each image, by (row, name)
 
     def run_model(images: Tensor, *key: int) -> tuple[Tensor, SlotAttentionOutput]:
         slots = model.slot_attention.initial_slots(batch_size, args.num_slots, context.generator(0, *key))
         slots = context.shard(slots)[: len(images)]
-        return slots, model(images, slots=slots, num_iterations=args.num_iterations)
+        return slots, model(images, slots=slots, num_iterations=T)
 
     def score(row: str, images: Tensor, labels: Tensor | None, recons: Tensor, masks: Tensor) -> None:
         values[row, 'mse'] += (recons.float() - images).square().mean((1, 2, 3)).tolist()
@@ -815,9 +824,7 @@ def evaluate(
             where = None if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
             values['network', 'consistency'] += adjusted_rand_index(found, again, where).tolist()
         if args.search:
-            slots, slot_mask = prune_and_reseed(
-                model, images, initial, args.prune_threshold, num_iterations=args.num_iterations
-            )
+            slots, slot_mask = prune_and_reseed(model, images, initial, args.prune_threshold, num_iterations=T)
             refined = refine(model, images, slots, slot_mask, args.refine_steps)
             for row, found in (('+ prune', slots), ('+ refine', refined)):
                 rgbs, masks = decode_partial(model, found, slot_mask=slot_mask)
@@ -825,21 +832,16 @@ def evaluate(
 
     count = math.ceil(len(loader.dataset) / batch_size)
     batches = itertools.zip_longest(range(count), loader)  # a process may have no part of the last batch
-    for i, batch in tqdm(
-        batches, 'evaluating', count, delay=2, leave=False, disable=True if context.rank > 0 else None
-    ):
+    for i, batch in tqdm(batches, 'evaluating', count, delay=2, leave=False, disable=context.rank > 0 or None):
         if batch is not None:
             batch = {name: value.to(context.device, non_blocking=True) for name, value in batch.items()}
             with context.autocast():
                 score_batch(batch['image'], batch.get('mask'), i)
         stop.check(context)
 
-    everywhere = defaultdict(list)
-    for part in context.gather(values):
-        for key, numbers in part.items():
-            everywhere[key] += numbers
-    rows = defaultdict(dict)
-    for (row, name), numbers in everywhere.items():
+    parts, rows = context.gather(values), defaultdict(dict)
+    for row, name in parts[0]:
+        numbers = [number for part in parts for number in part[row, name]]
         rows[row][name] = torch.tensor(numbers, dtype=torch.double).nanmean().item()
     return rows
 
@@ -1037,20 +1039,20 @@ def check_types(values: dict, like: dict) -> None:
         raise TypeError('other fields or types than expected')
 
 
-def restore_training(run: Run, training: dict, path: Path) -> None:
-    """Gives a run the progress and the optimiser states of a checkpoint. Raises CheckpointError."""
+def restore_training(optimizers: list[torch.optim.Optimizer], training: dict, path: Path) -> Progress:
+    """Restores the states of the optimisers, and returns the progress. Raises CheckpointError."""
     try:
         check_types(training['progress'], asdict(Progress()))
-        run.progress = Progress(**training['progress'])
-        run.progress.window = [*torch.tensor(run.progress.window, device=run.context.device).reshape(-1, 2)]
-        for optimizer, state in zip(run.optimizers, training['optimizers'], strict=True):
+        progress = Progress(**training['progress'])
+        progress.window = [*torch.tensor(progress.window).reshape(-1, 2)]
+        for optimizer, state in zip(optimizers, training['optimizers'], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
-            # A parameter without moments of its shape would crash torch's fused step.
             names = ('momentum',) if isinstance(optimizer, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
-            for p in (p for group in optimizer.param_groups for p in group['params']):
-                like = {name: torch.zeros(()) if name == 'step' else p for name in names}
-                if {k: v.shape for k, v in optimizer.state[p].items()} != {k: v.shape for k, v in like.items()}:
+            for p in optimizer.param_groups[0]['params']:
+                shapes = {name: value.shape for name, value in optimizer.state[p].items()}
+                if shapes != {name: torch.Size() if name == 'step' else p.shape for name in names}:
                     raise TypeError('the optimiser state does not fit the model')
+        return progress
     except Exception as error:
         raise damaged(path, error) from error
 
@@ -1103,32 +1105,6 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
     return 0
 
 
-def create_run(args: argparse.Namespace, context: DistributedContext, stop: Stop) -> Run:
-    """A run, new or as it was when --resume was written. Raises the errors that main() prints."""
-    torch.manual_seed(args.seed)
-    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-    if checkpoint is None:
-        model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
-    else:
-        model = build_model(checkpoint, args.resume)
-    model = context.place(model)
-    with context.main_process_first():  # the data may have to be prepared
-        loaders = create_dataloader(
-            **data_of(args) | dict(seed=args.seed, data_seed=args.data_seed), batch_size=args.batch_size,
-            train_size=args.train_size or None, val_size=args.val_size, num_workers=args.num_workers,
-            pin_memory=context.device.type == 'cuda', rank=context.rank, world_size=context.world_size,
-        )  # fmt: skip
-    optimizers = create_optimizers(model, args.optimizer)
-    run = Run(args, context, model, context.wrap(ReconstructionLoss(model)), optimizers, *loaders, Progress(), stop)
-    if checkpoint is not None:
-        restore_training(run, checkpoint['training'], args.resume)
-        check_fingerprint(run.train_loader.dataset, checkpoint, args.resume)
-    progress = run.progress
-    begin_of_epoch = progress.step - progress.seen // args.batch_size  # --batch_size may have changed
-    run.total_steps = args.steps or begin_of_epoch + (args.epochs - progress.epochs) * len(run.train_loader)
-    return run
-
-
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     """Counts the epoch, keeps the best model and writes the checkpoints that are due."""
     args, progress = run.args, run.progress
@@ -1149,8 +1125,7 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
 
 def train(args: argparse.Namespace, context: DistributedContext) -> int:
     """Trains from the start or from a checkpoint to the end of the run; returns the exit status."""
-    stop = Stop()
-    run = create_run(args, context, stop)
+    run = Run(args, context)
     progress = run.progress
     if progress.step >= run.total_steps and progress.validated == progress.step:
         end = f'{args.resume} is the end of a run of {progress.step} steps, {progress.epochs} epochs'
@@ -1163,7 +1138,7 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
             stack.enter_context(open_log_dir(args.log_dir, args.resume))
         run.log = Log(args.log_dir, progress.step - len(progress.window) + 1, context)
         stack.callback(run.log.close)
-        stack.enter_context(stop)
+        stack.enter_context(run.stop)
         describe(run)
         checkpoints = args.log_dir / 'checkpoints'
         run.saved_at = time.monotonic()
