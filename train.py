@@ -45,43 +45,16 @@ try:
 except ImportError:  # not on Windows, where nothing stops two runs from sharing a folder
     fcntl = None
 
-from dataset import (
-    DATASETS,
-    RESOLUTIONS,
-    SIZES,
-    SOURCE_FLAGS,
-    VARIANTS,
-    DataError,
-    Parser,
-    create_dataloader,
-    create_dataset,
-    flip,
-    wrap_in_loader,
-)
-from slot_attention import (
-    ALL_PIXELS,
-    IGNORE_LABEL,
-    AcceleratedBroadcastDecoder,
-    CheckpointError,
-    ConfigError,
-    ModelConfig,
-    Pixels,
-    SlotAttentionAutoEncoder,
-    SlotAttentionOutput,
-    SpatialBroadcastDecoder,
-    adjusted_rand_index,
-    build_model,
-    contingency_table,
-    damaged,
-    decode_partial,
-    fg_ari,
-    load_checkpoint,
-    prune_and_reseed,
-    refine,
-    save_checkpoint,
-    segmentation,
-    segmentation_scores,
-)
+from dataset import (  # isort: skip
+    DATASETS, RESOLUTIONS, SIZES, SOURCE_FLAGS, VARIANTS, DataError, Parser, create_dataloader, create_dataset,
+    flip, wrap_in_loader,
+)  # fmt: skip
+from slot_attention import (  # isort: skip
+    ALL_PIXELS, IGNORE_LABEL, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig, Pixels,
+    SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, adjusted_rand_index, build_model,
+    contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed, refine, save_checkpoint,
+    segmentation, segmentation_scores,
+)  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
 # What --architecture paper changes of the flags' defaults: Table 11.
