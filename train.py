@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -197,11 +198,7 @@ def number(lowest: int, highest: float = 2**63 - 1, kind: type = int) -> Callabl
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line twice: first to choose the defaults, then with these.
-
-    They are the flags of --resume's checkpoint, else those of --architecture and --dataset. A mistake ends the program
-    with one line and status 2.
-    """
+    """Reads the command line twice: first to choose the defaults, then with these. A mistake ends the program."""
     parser = create_parser()
     defaults = vars(parser.parse_args([]))
     flags, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
@@ -212,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         if auto:
             path = newest_checkpoint(given.get('log_dir', defaults['log_dir']))
-        if path is None:
+        if path is None:  # a new run
             defaults |= recipe_defaults(given, defaults)
         else:
             candidates = (path, path / 'last.pth', path / 'checkpoints' / 'last.pth')
@@ -542,10 +539,7 @@ class ReconstructionLoss(nn.Module):
 
 
 class Run:
-    """A training run, new or as it was when --resume was written: its parts, and its state between two checkpoints.
-
-    Raises the errors that main() prints.
-    """
+    """A training run, new or as it was when --resume was written: its parts, and its state between two checkpoints."""
 
     def __init__(self, args: argparse.Namespace, context: DistributedContext):
         torch.manual_seed(args.seed)
@@ -590,10 +584,7 @@ class Run:
 
 
 def train_one_epoch(run: Run, epoch: int) -> None:
-    """Trains to the end of the epoch, or of the run, from where the epoch was interrupted.
-
-    Raises Interrupted on a signal, and TrainingError after MAX_SKIPPED consecutive steps without a finite gradient.
-    """
+    """Trains to the end of the epoch, or of the run, from where it stopped. Raises Interrupted and TrainingError."""
     args, context, model, progress = run.args, run.context, run.model, run.progress
     run.train_loader.sampler.set_epoch(epoch)
     model.train()
@@ -656,10 +647,7 @@ def choose_pixels(rng: np.random.Generator, resolution: int, stride: int, device
 def learning_rate(
     step: int, lr: float, warmup_steps: int, decay_steps: int, cooldown: float = 0.0, total_steps: int = 0
 ) -> float:
-    """Linear warm-up times exponential decay (paper Appendix E.3), a function of the step.
-
-    In the last `cooldown` (a share) of total_steps it also falls linearly to 0.
-    """
+    """Linear warm-up times exponential decay (paper Appendix E.3); in the last `cooldown` share also a fall to 0."""
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     decay = 0.5 ** (step / decay_steps) if decay_steps else 1.0
     cool = min(1.0, (total_steps - step) / (cooldown * total_steps)) if cooldown else 1.0
@@ -719,7 +707,7 @@ def save(run: Run, name: str) -> None:
         print_error(f'cannot write {path} ({error.strerror}); training continues without it')
 
 
-# --- Validation ------------------------------------------------------------------------------
+# --- Validation and logging ------------------------------------------------------------------
 
 
 def validate(run: Run) -> dict[str, float]:
@@ -762,11 +750,10 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Mean scores over the images of all processes: rows 'network' and, with --search, '+ prune' and '+ refine'.
 
-    A row has the SCORES (see segmentation_scores()) and mask_statistics(). attn_fg_ari is the FG-ARI of the last
-    iteration's attention, enlarged to the image; scored is the share of the images that have an FG-ARI. Without
-    masks there are no segmentation scores. `consistency` adds the ARI of the segmentations from two independent
-    samples of the initial slots, over the true foreground (without masks: the image): does an object get the same
-    slot again? Raises Interrupted.
+    A row has the SCORES (see segmentation_scores(); without masks only the MSE and the consistency) and
+    mask_statistics(). attn_fg_ari is the FG-ARI of the last iteration's attention, enlarged to the image; scored is
+    the share of the images that have an FG-ARI. `consistency` adds the ARI of the segmentations from two independent
+    samples of the initial slots, over the true foreground: does an object get the same slot again? Raises Interrupted.
     """
     model.eval()
     batch_size, T = loader.batch_size * context.world_size, args.num_iterations
@@ -822,14 +809,12 @@ def evaluate(
 def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
     """Statistics that show how the slots fail, of each image, [B] each.
 
-    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; `missed` and `split` need labels. Empty for K = 1.
+    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; without labels all of the image is foreground, and
+    `missed` and `split` are left out. Empty for K = 1.
 
-    mask_entropy  mean entropy of the masks at a pixel of the true foreground (without labels: of the image), as a
-                  share of log K; 1: all slots share everything
-    sameness      ARI with the segmentation of the next image; 1: the masks do not depend on the image. Needs
-                  two images
-    largest_slot  share of the true foreground (without labels: of the image) in the slot with most of it; NaN
-                  for an image with one object, where it should be 1
+    mask_entropy  mean entropy of the masks at a pixel of the true foreground, divided by log K; 1: all slots share all
+    sameness      ARI with the segmentation of the next image, if there is one; 1: the image does not matter
+    largest_slot  share of the foreground in the slot with most of it; NaN for one object, where it should be 1
     missed        share of the objects that lie mostly in the background's slot
     split         share of the foreground in neither the background's slot nor the main slot of its object
     """
@@ -837,7 +822,7 @@ def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Te
         return {}
     found, has_labels = segmentation(masks), labels is not None
     if not has_labels:
-        labels = torch.ones_like(found)  # the image counts as one object
+        labels = torch.ones_like(found)
     counted = labels != IGNORE_LABEL
     where = counted & (labels > 0)
     entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(masks.shape[1])
@@ -892,9 +877,6 @@ def log_figures(run: Run) -> None:
         run.log.add_figure(f'slots/{name}', figure, step)
 
 
-# --- Logging ---------------------------------------------------------------------------------
-
-
 class Writer(SummaryWriter):
     def add_hparams(self, flags: dict, scores: dict[str, float]) -> None:
         """Adds the flags to this run, not to a run of their own; the scores are the last points of their curves."""
@@ -903,13 +885,11 @@ class Writer(SummaryWriter):
 
 
 class Log:
-    """A SummaryWriter in the main process only; a full disk silences it but does not end the run.
-
-    Points at or after `first_step` that an earlier, killed part of the run wrote are replaced.
-    """
+    """A SummaryWriter in the main process only; a full disk silences it but does not end the run."""
 
     def __init__(self, log_dir: Path, first_step: int, context: DistributedContext):
         self.log_dir, self.failed = log_dir, False
+        # Points at or after first_step that an earlier, killed part of the run wrote are replaced.
         self.writer = Writer(log_dir, purge_step=first_step) if context.rank == 0 else None
         threading.excepthook = self.excepthook
 
@@ -943,37 +923,36 @@ class Log:
 # --- Runs ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def open_log_dir(log_dir: Path, resume: Path | None) -> Iterator[None]:
-    """Creates log_dir/checkpoints and locks log_dir for this run; a new run moves an earlier one to log_dir/run_N.
+def open_log_dir(log_dir: Path, resume: Path | None) -> TextIO:
+    """Creates log_dir/checkpoints, and moves an earlier run to log_dir/run_N unless that one is resumed.
 
-    Raises ConfigError if the folder is not writable, or locked by another run.
+    Returns a file that locks the folder until it is closed. Raises ConfigError if the folder is not writable, or
+    locked by another run.
     """
     checkpoints = log_dir / 'checkpoints'
-    with contextlib.ExitStack() as stack:
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(log_dir / '.lock', 'a'))
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a run ends
-            checkpoints.mkdir(exist_ok=True)
-            for leftover in checkpoints.glob('.*.pth.*'):  # of a run that was killed while it saved
-                leftover.unlink()
-            earlier = [*log_dir.glob('events.out.tfevents.*'), checkpoints]
-            continued = resume is not None and resume.resolve().parent == checkpoints.resolve()
-            if not continued and (len(earlier) > 1 or any(checkpoints.iterdir())):
-                target = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
-                target.mkdir()
-                for path in earlier:
-                    shutil.move(path, target)
-                checkpoints.mkdir()
-                print(f'the earlier run in {log_dir} is now in {target}')
-            tempfile.TemporaryFile(dir=checkpoints).close()
-        except BlockingIOError:
-            raise ConfigError(f'another run is writing to {log_dir}; choose another --log_dir') from None
-        except OSError as error:
-            raise ConfigError(f'cannot write to {checkpoints} ({error.strerror}); choose another --log_dir') from error
-        yield
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(log_dir / '.lock', 'a')  # noqa: SIM115
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a run ends
+        checkpoints.mkdir(exist_ok=True)
+        for leftover in checkpoints.glob('.*.pth.*'):  # of a run that was killed while it saved
+            leftover.unlink()
+        earlier = [*log_dir.glob('events.out.tfevents.*'), checkpoints]
+        continued = resume is not None and resume.resolve().parent == checkpoints.resolve()
+        if not continued and (len(earlier) > 1 or any(checkpoints.iterdir())):
+            target = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
+            target.mkdir()
+            for path in earlier:
+                shutil.move(path, target)
+            checkpoints.mkdir()
+            print(f'the earlier run in {log_dir} is now in {target}')
+        tempfile.TemporaryFile(dir=checkpoints).close()
+        return lock
+    except BlockingIOError:
+        raise ConfigError(f'another run is writing to {log_dir}; choose another --log_dir') from None
+    except OSError as error:
+        raise ConfigError(f'cannot write to {checkpoints} ({error.strerror}); choose another --log_dir') from error
 
 
 def newest_checkpoint(log_dir: Path) -> Path | None:
@@ -1017,12 +996,14 @@ def restore_training(optimizers: list[torch.optim.Optimizer], training: dict, pa
     try:
         check_types(training['progress'], asdict(Progress()))
         progress = Progress(**training['progress'])
+        progress.best = [float(score) for score in progress.best]
         progress.window = [*torch.tensor(progress.window).reshape(-1, 2)]
         for optimizer, state in zip(optimizers, training['optimizers'], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
             names = ('momentum',) if isinstance(optimizer, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
             for p in optimizer.param_groups[0]['params']:
                 shapes = {name: value.shape for name, value in optimizer.state[p].items()}
+                # With other shapes torch's fused step would crash.
                 if shapes != {name: torch.Size() if name == 'step' else p.shape for name in names}:
                     raise TypeError('the optimiser state does not fit the model')
         return progress
@@ -1106,13 +1087,23 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
             context.print0(f'{end}: nothing left to do')
             return 0
         raise ConfigError(f'{end}; give a larger --steps or --epochs to continue')
-    with contextlib.ExitStack() as stack:
-        if context.rank == 0:
-            stack.enter_context(open_log_dir(args.log_dir, args.resume))
-        run.log = Log(args.log_dir, progress.step - len(progress.window) + 1, context)
-        stack.callback(run.log.close)
-        stack.enter_context(run.stop)
-        describe(run)
+    lock = open_log_dir(args.log_dir, args.resume) if context.rank == 0 else contextlib.nullcontext()
+    log = Log(args.log_dir, progress.step - len(progress.window) + 1, context)
+    with lock, contextlib.closing(log) as run.log, run.stop:
+        parameters = sum(p.numel() for p in run.model.parameters())
+        context.print0(f'{args.architecture} model with {parameters:,} parameters on {context}')
+        context.print0(f'{args.dataset}: {run.train_loader.dataset}')
+        context.print0(f'{run.total_steps:,} steps of {args.batch_size} images, {len(run.train_loader):,} per epoch')
+        context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
+        if run.total_steps <= args.warmup_steps:
+            context.print0(
+                f'warning: {run.total_steps} steps are not more than the {args.warmup_steps} of the warm-up: the run '
+                'will learn little; set --steps (default: 5000) or --warmup_steps'
+            )
+        if args.compile:
+            context.print0('compiling the training step: the first one takes a minute or more')
+        table = ['|flag|value|', '|-|-|', *(f'|{name}|{value}|' for name, value in vars(args).items())]
+        run.log.add_text('configuration', '\n'.join(table))
         checkpoints = args.log_dir / 'checkpoints'
         run.saved_at = time.monotonic()
         try:
@@ -1132,25 +1123,6 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
             name, value = ('FG-ARI', progress.best[0]) if progress.best[0] > 0 else ('MSE', -progress.best[1])
             context.print0(f'best validation {name} {value:.4f}: {checkpoints / "best_model.pth"}')
         return int(run.save_failed)  # 1 if the final checkpoint could not be written
-
-
-def describe(run: Run) -> None:
-    """Prints what is trained, on what and for how long, and logs the flags."""
-    args, context = run.args, run.context
-    parameters = sum(p.numel() for p in run.model.parameters())
-    context.print0(f'{args.architecture} model with {parameters:,} parameters on {context}')
-    context.print0(f'{args.dataset}: {run.train_loader.dataset}')
-    context.print0(f'{run.total_steps:,} steps of {args.batch_size} images, {len(run.train_loader):,} per epoch')
-    context.print0(f'follow it with: tensorboard --logdir {shlex.quote(str(args.log_dir))}')
-    if run.total_steps <= args.warmup_steps:
-        context.print0(
-            f'warning: {run.total_steps} steps are not more than the {args.warmup_steps} of the warm-up: the run '
-            'will learn little; set --steps (default: 5000) or --warmup_steps'
-        )
-    if args.compile:
-        context.print0('compiling the training step: the first one takes a minute or more')
-    table = ['|flag|value|', '|-|-|', *(f'|{name}|{value}|' for name, value in vars(args).items())]
-    run.log.add_text('configuration', '\n'.join(table))
 
 
 def main(args: argparse.Namespace) -> int:
