@@ -543,11 +543,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, context: DistributedContext):
         torch.manual_seed(args.seed)
-        checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-        if checkpoint is None:
-            model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
-        else:
-            model = build_model(checkpoint, args.resume)
+        config = ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS})
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        model = build_model(checkpoint, args.resume) if checkpoint else SlotAttentionAutoEncoder(config)
         self.args, self.context, self.model, self.stop = args, context, context.place(model), Stop()
         with context.main_process_first():  # the data may have to be prepared
             self.train_loader, self.val_loader = create_dataloader(
@@ -558,7 +556,7 @@ class Run:
         self.optimizers = create_optimizers(model, args.optimizer)
         self.loss = context.wrap(ReconstructionLoss(model))
         progress = Progress()
-        if checkpoint is not None:
+        if checkpoint:
             progress = restore_training(self.optimizers, checkpoint['training'], args.resume)
             check_fingerprint(self.train_loader.dataset, checkpoint, args.resume)
         self.progress = progress
@@ -885,10 +883,10 @@ class Writer(SummaryWriter):
 
 
 class Log:
-    """A SummaryWriter in the main process only; a full disk silences it but does not end the run."""
+    """A SummaryWriter, None where nothing is written: after a failure, such as a full disk, and in other processes."""
 
     def __init__(self, log_dir: Path, first_step: int, context: DistributedContext):
-        self.log_dir, self.failed = log_dir, False
+        self.log_dir = log_dir
         # Points at or after first_step that an earlier, killed part of the run wrote are replaced.
         self.writer = Writer(log_dir, purge_step=first_step) if context.rank == 0 else None
         threading.excepthook = self.excepthook
@@ -897,12 +895,12 @@ class Log:
         """add_scalar(), add_figure(), flush(), ... of the writer."""
 
         def call(*args, **kwargs) -> None:
-            if self.writer is None or self.failed:
+            if self.writer is None:
                 return
             try:
                 getattr(self.writer, name)(*args, **kwargs)
             except OSError as error:
-                self.failed = True
+                self.writer = None
                 print_error(f'cannot write TensorBoard files ({error.strerror}); training continues')
 
         return call
@@ -915,9 +913,9 @@ class Log:
 
     def reopen(self) -> None:
         """Tries again, in a new file, after a failure."""
-        if self.failed:
+        if self.writer is None:
             with contextlib.suppress(OSError):
-                self.writer, self.failed = Writer(self.log_dir), False
+                self.writer = Writer(self.log_dir)
 
 
 # --- Runs ------------------------------------------------------------------------------------
