@@ -883,7 +883,7 @@ class Writer(SummaryWriter):
 
 
 class Log:
-    """A SummaryWriter, None where nothing is written: after a failure, such as a full disk, and in other processes."""
+    """A SummaryWriter in the main process only; a full disk silences it but does not end the run."""
 
     def __init__(self, log_dir: Path, first_step: int, context: DistributedContext):
         self.log_dir = log_dir
@@ -912,7 +912,7 @@ class Log:
             threading.__excepthook__(args)
 
     def reopen(self) -> None:
-        """Tries again, in a new file, after a failure."""
+        """Tries again, in a new file, after a failure in the main process."""
         if self.writer is None:
             with contextlib.suppress(OSError):
                 self.writer = Writer(self.log_dir)
@@ -930,7 +930,7 @@ def open_log_dir(log_dir: Path, resume: Path | None) -> TextIO:
     checkpoints = log_dir / 'checkpoints'
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(log_dir / '.lock', 'a')  # noqa: SIM115
+        lock = open(log_dir / '.lock', 'a')  # noqa: SIM115 (the caller closes it)
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a run ends
         checkpoints.mkdir(exist_ok=True)
