@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -45,43 +46,16 @@ try:
 except ImportError:  # not on Windows, where nothing stops two runs from sharing a folder
     fcntl = None
 
-from dataset import (
-    DATASETS,
-    RESOLUTIONS,
-    SIZES,
-    SOURCE_FLAGS,
-    VARIANTS,
-    DataError,
-    Parser,
-    create_dataloader,
-    create_dataset,
-    flip,
-    wrap_in_loader,
-)
-from slot_attention import (
-    ALL_PIXELS,
-    IGNORE_LABEL,
-    AcceleratedBroadcastDecoder,
-    CheckpointError,
-    ConfigError,
-    ModelConfig,
-    Pixels,
-    SlotAttentionAutoEncoder,
-    SlotAttentionOutput,
-    SpatialBroadcastDecoder,
-    adjusted_rand_index,
-    build_model,
-    contingency_table,
-    damaged,
-    decode_partial,
-    fg_ari,
-    load_checkpoint,
-    prune_and_reseed,
-    refine,
-    save_checkpoint,
-    segmentation,
-    segmentation_scores,
-)
+from dataset import (  # isort: skip
+    DATASETS, RESOLUTIONS, SIZES, SOURCE_FLAGS, VARIANTS, DataError, Parser, create_dataloader, create_dataset,
+    flip, wrap_in_loader,
+)  # fmt: skip
+from slot_attention import (  # isort: skip
+    ALL_PIXELS, IGNORE_LABEL, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig, Pixels,
+    SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, adjusted_rand_index, build_model,
+    contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed, refine, save_checkpoint,
+    segmentation, segmentation_scores,
+)  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
 # What --architecture paper changes of the flags' defaults: Table 11.
@@ -127,82 +101,85 @@ class Interrupted(Exception):
     """Raised on SIGINT or SIGTERM; `args[0]` is the signal number."""
 
 
+def print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 # --- Command line ----------------------------------------------------------------------------
 
 
-def create_parser(defaults: bool = True) -> Parser:
-    """All flags with their defaults, of which parse_args() changes some; or without defaults and --help."""
+def create_parser() -> Parser:
+    """All flags but --help, with the defaults of a new run of the fast architecture on shapes."""
     parser = Parser(
         prog='train.py', usage='python train.py [flags]', description=__doc__.split('\n')[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=defaults,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False,
     )  # fmt: skip
 
-    def add(group, name, type, default, help, choices=None):
-        kwargs = dict(default=default if defaults else argparse.SUPPRESS, help=help)
-        if type is bool:
-            group.add_argument(f'--{name}', action='store_true', **kwargs)
-            return
+    def add(name, type, default, help, choices=None):
         metavar = None if choices else {'int': 'N', 'float': 'X'}.get(type.__name__, 'PATH')
-        group.add_argument(f'--{name}', type=type, choices=choices, metavar=metavar, **kwargs)
+        group.add_argument(f'--{name}', type=type, default=default, help=help, choices=choices, metavar=metavar)
+
+    def add_switch(name, help):
+        group.add_argument(f'--{name}', action='store_true', help=help)
 
     # fmt: off
     group = parser.add_argument_group('data')
-    add(group, 'dataset', str, 'shapes', 'source of the images', DATASETS)
-    add(group, 'data_dir', str, 'data', 'folder of the data, or a prepared .h5 file; not for shapes, which are drawn')
-    add(group, 'mask_dir', str, '', 'images: folder of the masks, with the names of the pictures; if empty: '
+    add('dataset', str, 'shapes', 'source of the images', DATASETS)
+    add('data_dir', str, 'data', 'folder of the data, or a prepared .h5 file; not for shapes, which are drawn')
+    add('mask_dir', str, '', 'images: folder of the masks, with the names of the pictures; if empty: '
         'NAME_mask.png beside NAME.jpg, or masks/NAME.png for images/NAME.jpg')
-    add(group, 'variant', str, VARIANTS[0], 'multi_dsprites: which of its three files', VARIANTS)
-    add(group, 'resolution', number(*RESOLUTIONS), 64, 'side of the square images in pixels')
-    add(group, 'max_objects', number(1), 6, 'most objects in an image; scenes with more are left out; not for images')
-    add(group, 'min_objects', number(1), 2, 'shapes: fewest objects in an image')
-    add(group, 'train_size', number(0), 0, 'most training images to use; 0: all, and 10,000 for shapes')
-    add(group, 'val_size', number(1), 320, 'most validation images to use; with --eval: test images')
-    add(group, 'data_seed', number(0), 0, 'shapes: seed of the drawing')
-    add(group, 'flip', int, 0, '1: mirror each training image left to right with probability 0.5', (0, 1))
+    add('variant', str, VARIANTS[0], 'multi_dsprites: which of its three files', VARIANTS)
+    add('resolution', number(*RESOLUTIONS), 64, 'side of the square images in pixels')
+    add('max_objects', number(1), 6, 'most objects in an image; scenes with more are left out; not for images')
+    add('min_objects', number(1), 2, 'shapes: fewest objects in an image')
+    add('train_size', number(0), 0, 'most training images to use; 0: all, and 10,000 for shapes')
+    add('val_size', number(1), 320, 'most validation images to use; with --eval: test images')
+    add('data_seed', number(0), 0, 'shapes: seed of the drawing')
+    add('flip', int, 0, '1: mirror each training image left to right with probability 0.5', (0, 1))
     group = parser.add_argument_group('model')
-    add(group, 'architecture', str, 'fast',
+    add('architecture', str, 'fast',
         'paper: Locatello et al. 2020, Tables 4-7; fast: a variant that learns in minutes on a CPU', ('fast', 'paper'))
-    add(group, 'num_slots', number(1), 7, 'number of slots: at least one per object and one for the background')
-    add(group, 'slot_dim', number(1), 64, 'size of a slot')
-    add(group, 'num_iterations', number(1), 8, 'iterations of Slot Attention')
-    add(group, 'hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
-    add(group, 'gradient', str, 'first_order',
+    add('num_slots', number(1), 7, 'number of slots: at least one per object and one for the background')
+    add('slot_dim', number(1), 64, 'size of a slot')
+    add('num_iterations', number(1), 8, 'iterations of Slot Attention')
+    add('hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
+    add('gradient', str, 'first_order',
         'backpropagate through all iterations (full) or the last one only (first_order)', ('full', 'first_order'))
-    add(group, 'damping', number(0, kind=float), 1 / 32,
+    add('damping', number(0, kind=float), 1 / 32,
         "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
     group = parser.add_argument_group('optimisation')
-    add(group, 'steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
-    add(group, 'epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
-    add(group, 'batch_size', number(1), 16, 'images per step, of all processes together')
-    add(group, 'lr', number(0, kind=float), 2e-3, 'peak learning rate')
-    add(group, 'warmup_steps', number(0), 300, 'steps of linear warm-up of the learning rate')
-    add(group, 'decay_steps', number(0), 0, 'steps in which the learning rate halves; 0: it does not')
-    add(group, 'cooldown', number(0, 1, float), 0.5, 'share of the run, at its end, in which the rate falls to 0')
-    add(group, 'clip', number(0, kind=float), 1.0, 'largest gradient norm; 0: no clipping')
-    add(group, 'optimizer', str, 'muon', 'adam, or muon: Muon for the matrices and Adam for the rest', ('adam', 'muon'))
-    add(group, 'pixel_stride', number(1), 2, 'compute the loss on every N-th row and column, at random offsets')
-    add(group, 'seed', number(0), 0, 'seed of the weights, the order of the images and the noise of the slots')
+    add('steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
+    add('epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
+    add('batch_size', number(1), 16, 'images per step, of all processes together')
+    add('lr', number(0, kind=float), 2e-3, 'peak learning rate')
+    add('warmup_steps', number(0), 300, 'steps of linear warm-up of the learning rate')
+    add('decay_steps', number(0), 0, 'steps in which the learning rate halves; 0: it does not')
+    add('cooldown', number(0, 1, float), 0.5, 'share of the run, at its end, in which the rate falls to 0')
+    add('clip', number(0, kind=float), 1.0, 'largest gradient norm; 0: no clipping')
+    add('optimizer', str, 'muon', 'adam, or muon: Muon for the matrices and Adam for the rest', ('adam', 'muon'))
+    add('pixel_stride', number(1), 2, 'compute the loss on every N-th row and column, at random offsets')
+    add('seed', number(0), 0, 'seed of the weights, the order of the images and the noise of the slots')
     group = parser.add_argument_group('logging')
-    add(group, 'log_dir', Path, Path('logs'), 'folder of the TensorBoard files, with checkpoints/ in it')
-    add(group, 'log_every', number(1), 50, 'steps between two points of the training curves')
-    add(group, 'val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
-    add(group, 'save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
-    add(group, 'save_minutes', number(0, kind=float), 5.0, 'minutes between two writes of last.pth')
-    add(group, 'resume', Path, None,
+    add('log_dir', Path, Path('logs'), 'folder of the TensorBoard files, with checkpoints/ in it')
+    add('log_every', number(1), 50, 'steps between two points of the training curves')
+    add('val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
+    add('save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
+    add('save_minutes', number(0, kind=float), 5.0, 'minutes between two writes of last.pth')
+    add('resume', Path, None,
         'checkpoint, or folder of a run, to continue or to score with --eval; auto: the newest in --log_dir. '
         'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')
     group = parser.add_argument_group('evaluation')
-    add(group, 'eval', bool, False, 'score --resume on the test images and exit')
-    add(group, 'search', bool, False, 'with --eval: also score slots that are pruned and reseeded, then refined, by '
+    add_switch('eval', 'score --resume on the test images and exit')
+    add_switch('search', 'with --eval: also score slots that are pruned and reseeded, then refined, by '
         'the reconstruction error of each test image')
-    add(group, 'prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in '
+    add('prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in '
         '[-1, 1] that justifies a slot')
-    add(group, 'refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
+    add('refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
     group = parser.add_argument_group('system')
-    add(group, 'device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
-    add(group, 'amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
-    add(group, 'compile', bool, False, 'torch.compile the training step: a minute at the first step, faster ones later')
-    add(group, 'num_workers', number(0), 0, 'processes that load batches; 0: load in the training process')
+    add('device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
+    add('amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
+    add_switch('compile', 'torch.compile the training step: a minute at the first step, faster ones later')
+    add('num_workers', number(0), 0, 'processes that load batches; 0: load in the training process')
     # fmt: on
     return parser
 
@@ -221,22 +198,22 @@ def number(lowest: int, highest: float = 2**63 - 1, kind: type = int) -> Callabl
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line twice: first to choose the defaults, then with these.
-
-    They are the flags of --resume's checkpoint, else those of --architecture and --dataset. A mistake, such as a
-    flag that contradicts the checkpoint, ends the program with one line and status 2.
-    """
+    """Reads the command line twice: first to choose the defaults, then with these. A mistake ends the program."""
     parser = create_parser()
-    given = vars(create_parser(defaults=False).parse_known_args(argv)[0])  # only the flags on the command line
     defaults = vars(parser.parse_args([]))
-    auto, path = str(given.get('resume')) == 'auto', given.get('resume')
+    flags, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    given = {name: value for name, value in vars(flags).items() if value is not None}  # on the command line
+    parser.add_argument('-h', '--help', action='help', help='show this help message and exit')
+    path = given.get('resume')
+    auto = path == Path('auto')
     try:
         if auto:
             path = newest_checkpoint(given.get('log_dir', defaults['log_dir']))
-        if path is None:
+        if path is None:  # a new run
             defaults |= recipe_defaults(given, defaults)
         else:
-            path = path if path.is_file() else find_checkpoint(path)
+            candidates = (path, path / 'last.pth', path / 'checkpoints' / 'last.pth')
+            path = next(filter(Path.is_file, candidates), path)
             defaults |= checkpoint_defaults(path, given)
         if 'epochs' in given or 'steps' in given:
             defaults |= dict(epochs=0, steps=0)
@@ -251,9 +228,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def recipe_defaults(given: dict, defaults: dict) -> dict:
     """Defaults of a new run that differ with the architecture or the data set."""
-    resolution, num_slots = SIZES[given.get('dataset', defaults['dataset'])]
+    flags = defaults | given
+    resolution, num_slots = SIZES[flags['dataset']]
     recipe = dict(resolution=resolution, num_slots=num_slots)
-    if given.get('architecture', defaults['architecture']) == 'paper':
+    if flags['architecture'] == 'paper':
         recipe |= PAPER_RECIPE | dict(hidden_dim=64 if given.get('resolution', resolution) > 64 else 32)  # Tables 4-7
     return recipe
 
@@ -261,13 +239,15 @@ def recipe_defaults(given: dict, defaults: dict) -> dict:
 def checkpoint_defaults(path: Path, given: dict) -> dict:
     """Defaults of a resumed run: its own flags. Raises CheckpointError, and ConfigError for a contradiction."""
     saved = load_flags(path)
-    free = FREE_IN_EVAL if given.get('eval') else FREE_ON_RESUME
+    scoring = 'eval' in given
     for name, value in saved.items():
-        if (new := given.get(name, value)) == value or (given.get('eval') and name in free):
+        new = given.get(name, value)
+        if new == value:
             continue
-        if name not in free:
+        if name not in (FREE_IN_EVAL if scoring else FREE_ON_RESUME):
             raise ConfigError(f'--{name} {new} contradicts {path}, which has {name} {value}; leave it out')
-        print(f'{name}: {value} in the checkpoint, {new} from now on')
+        if not scoring:
+            print(f'{name}: {value} in the checkpoint, {new} from now on')
     return saved | (dict(log_dir=path.parent.parent) if path.parent.name == 'checkpoints' else {})
 
 
@@ -281,12 +261,11 @@ def check_combination(args: argparse.Namespace, given: dict) -> None:
         raise ConfigError(f'--pixel_stride {args.pixel_stride} is larger than the image of {args.resolution} pixels')
     every_source = {name for names in SOURCE_FLAGS.values() for name in names}
     useless = dict.fromkeys(every_source - {*SOURCE_FLAGS[args.dataset]}, f'with --dataset {args.dataset}')
-    if not args.eval:
-        useless['search'] = 'without --eval'
+    if args.eval:
+        training = {*FREE_ON_RESUME, 'compile', 'log_dir', 'num_workers'} - {*FREE_IN_EVAL}
+        useless |= dict.fromkeys(training, 'with --eval')
     else:
-        useless |= dict.fromkeys(
-            {*FREE_ON_RESUME, 'compile', 'log_dir', 'num_workers'} - {*FREE_IN_EVAL}, 'with --eval'
-        )
+        useless['search'] = 'without --eval'
     if not args.search:
         useless |= dict.fromkeys(('prune_threshold', 'refine_steps'), 'without --search')
     for name in sorted(useless.keys() & given.keys()):
@@ -301,8 +280,6 @@ class DistributedContext:
     """Device, number format and process group: the only code that decides them.
 
     Without torchrun there is one process, and the collective operations return their argument.
-
-    control  process group on the CPU, for what must not wait for a GPU
     """
 
     device: torch.device
@@ -310,14 +287,11 @@ class DistributedContext:
     compiled: bool = False
     rank: int = 0
     world_size: int = 1
-    control: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None  # on the CPU, for what must not wait for a GPU
 
     @classmethod
     def create(cls, device: str = 'auto', amp: str = 'auto', compiled: bool = False) -> 'DistributedContext':
-        """Reads the flags, and joins the other processes if torchrun has started some.
-
-        Raises ConfigError if there is no such GPU, and if torch.compile does not work.
-        """
+        """Reads the flags, and joins the other processes if torchrun has started some. Raises ConfigError."""
         if device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: PyTorch finds no CUDA GPU here; use --device cpu')
         if device == 'auto':
@@ -332,20 +306,20 @@ class DistributedContext:
             check_compiler(device)
         if not dist.is_torchelastic_launched():
             return cls(torch.device(device), bfloat16, compiled)
-        local_rank = int(os.environ['LOCAL_RANK'])
+        index, backend = None, 'gloo'
         if device == 'cuda':
-            if local_rank >= torch.cuda.device_count():
+            index, backend = int(os.environ['LOCAL_RANK']), 'nccl'
+            if index >= torch.cuda.device_count():
                 raise ConfigError(f'--nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs here')
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(index)
         store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ['LOCAL_WORLD_SIZE'] == os.environ['WORLD_SIZE']:
             # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones. Between
             # nodes the counts of restarts may differ, so this is for one node (see README).
             store = dist.PrefixStore(f'attempt {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         control = dist.new_group(backend='gloo', timeout=timedelta(hours=6))  # preparing a data set may take hours
-        device = torch.device(device, local_rank if device == 'cuda' else None)
-        return cls(device, bfloat16, compiled, rank, world_size, control)
+        return cls(torch.device(device, index), bfloat16, compiled, rank, world_size, control)
 
     def autocast(self) -> torch.autocast:
         # No cache of cast weights: in PyTorch 2.6 a weight first cast without gradient never gets one.
@@ -374,19 +348,18 @@ class DistributedContext:
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes."""
-        if self.world_size == 1:
-            return value
-        value = value.clone()
-        dist.all_reduce(value)
-        return value / self.world_size
+        if self.world_size > 1:
+            value = value / self.world_size
+            dist.all_reduce(value)
+        return value
 
     def max(self, value: int) -> int:
         """Maximum over the processes."""
         if self.world_size == 1:
             return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.control)
-        return int(tensor)
+        maximum = torch.tensor(value)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, self.control)
+        return int(maximum)
 
     def gather(self, value) -> list:
         """The values of all processes, by rank."""
@@ -442,27 +415,27 @@ class Muon(torch.optim.Optimizer):
     `found_inf` is 1 changes nothing.
     """
 
+    MOMENTUM = 0.95
     found_inf = torch.zeros(())
 
-    def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr: float):
+        super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            found_inf = self.found_inf.to(group['params'][0].device)
-            parameters = [p for p in group['params'] if p.grad is not None]
-            updates = []
-            for p in parameters:
-                if p not in self.state:
-                    self.state[p]['momentum'] = torch.zeros_like(p)
-                buffer = self.state[p]['momentum']
-                grad = torch.where(found_inf > 0, buffer, p.grad)  # averaging the buffer with itself changes nothing
-                buffer.lerp_(grad, 1 - group['momentum'])
-                updates.append(grad.lerp(buffer, group['momentum']).flatten(1))
-            for p, direction in zip(parameters, orthogonalise(updates), strict=True):
-                scale = -0.2 * max(direction.shape) ** 0.5 * group['lr']
-                p.add_(direction.view_as(p) * (1 - found_inf), alpha=scale)
+        (group,) = self.param_groups
+        found_inf = self.found_inf.to(group['params'][0].device)
+        updates = []
+        for p in group['params']:
+            if p not in self.state:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+            buffer = self.state[p]['momentum']
+            grad = torch.where(found_inf > 0, buffer, p.grad)  # averaging the buffer with itself changes nothing
+            buffer.lerp_(grad, 1 - self.MOMENTUM)
+            updates.append(grad.lerp(buffer, self.MOMENTUM).flatten(1))
+        for p, direction in zip(group['params'], orthogonalise(updates), strict=True):
+            scale = -0.2 * max(direction.shape) ** 0.5 * group['lr']
+            p.add_(direction.view_as(p) * (1 - found_inf), alpha=scale)
 
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
@@ -494,12 +467,10 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 def create_optimizers(model: SlotAttentionAutoEncoder, name: str) -> list[torch.optim.Optimizer]:
     """Adam, or Muon for the matrices and Adam for the rest; the learning rate is set in every step."""
-
-    def is_matrix(p: nn.Parameter) -> bool:
-        return name == 'muon' and p.ndim > 1 and min(p.flatten(1).shape) > 4  # not position embeddings, mu, sigma
-
-    parameters = list(model.parameters())
-    matrices, rest = ([p for p in parameters if is_matrix(p) == wanted] for wanted in (True, False))
+    matrices, rest = [], []
+    for p in model.parameters():
+        is_matrix = p.ndim > 1 and min(p.flatten(1).shape) > 4  # not position embeddings, mu, sigma
+        (matrices if name == 'muon' and is_matrix else rest).append(p)
     adam = torch.optim.Adam(rest, fused=True)
     return [adam, Muon(matrices, lr=0.0)] if matrices else [adam]
 
@@ -518,7 +489,7 @@ class Progress:
     validated: int = 0  # step of the last validation
     seconds: float = 0.0  # time spent training, without validation
     best: list = field(default_factory=lambda: [-math.inf, -math.inf])  # highest FG-ARI (else -MSE) and its -MSE
-    window: list = field(default_factory=list)  # [loss, gradient norm] of each step since the last logged point
+    window: list = field(default_factory=list)  # [loss, gradient norm] of each step since the last point, on the device
     loss_sum: float = 0.0  # over the finite steps since the last validation
     loss_steps: int = 0  # their number
     skipped: int = 0  # steps of the run without a finite gradient
@@ -530,8 +501,7 @@ class Progress:
 class Stop:
     """Turns the first SIGINT or SIGTERM into a flag that is checked between steps; the second one exits."""
 
-    def __init__(self):
-        self.signal = None
+    signal = None  # number of the first signal
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -568,25 +538,32 @@ class ReconstructionLoss(nn.Module):
         return F.mse_loss(recons.float(), images[:, :, rows][..., columns])
 
 
-@dataclass
 class Run:
-    """A training run: its parts, and its state between two checkpoints."""
+    """A training run, new or as it was when --resume was written: its parts, and its state between two checkpoints."""
 
-    args: argparse.Namespace
-    context: DistributedContext
-    model: SlotAttentionAutoEncoder
-    loss: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    train_loader: DataLoader
-    val_loader: DataLoader
-    progress: Progress
-    stop: Stop
-    log: 'Log | None' = None  # opened when the run has its folder
-    total_steps: int = 0
-    clock: float = 0.0  # time of the last logged point
-    timed: int = 0  # images trained on since then
-    saved_at: float = 0.0  # time of the last write of a checkpoint
-    save_failed: bool = False
+    def __init__(self, args: argparse.Namespace, context: DistributedContext):
+        torch.manual_seed(args.seed)
+        config = ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS})
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        model = build_model(checkpoint, args.resume) if checkpoint else SlotAttentionAutoEncoder(config)
+        self.args, self.context, self.model, self.stop = args, context, context.place(model), Stop()
+        with context.main_process_first():  # the data may have to be prepared
+            self.train_loader, self.val_loader = create_dataloader(
+                **data_of(args) | dict(seed=args.seed, data_seed=args.data_seed), batch_size=args.batch_size,
+                train_size=args.train_size or None, val_size=args.val_size, num_workers=args.num_workers,
+                pin_memory=context.device.type == 'cuda', rank=context.rank, world_size=context.world_size,
+            )  # fmt: skip
+        self.optimizers = create_optimizers(model, args.optimizer)
+        self.loss = context.wrap(ReconstructionLoss(model))
+        progress = Progress()
+        if checkpoint:
+            progress = restore_training(self.optimizers, checkpoint['training'], args.resume)
+            check_fingerprint(self.train_loader.dataset, checkpoint, args.resume)
+        self.progress = progress
+        begin_of_epoch = progress.step - progress.seen // args.batch_size  # --batch_size may have changed
+        self.total_steps = args.steps or begin_of_epoch + (args.epochs - progress.epochs) * len(self.train_loader)
+        self.clock, self.timed = 0.0, 0  # time of the last logged point, and images trained on since then
+        self.saved_at, self.save_failed = 0.0, False  # time of the last write of a checkpoint
 
     @property
     def num_epochs(self) -> int:
@@ -599,23 +576,22 @@ class Run:
         every = self.args.val_every or math.ceil(VAL_STEPS / len(self.train_loader))
         return (epoch + 1) % every == 0 or epoch + 1 == self.num_epochs
 
+    def learning_rate(self, step: int) -> float:
+        args = self.args
+        return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, self.total_steps)
+
 
 def train_one_epoch(run: Run, epoch: int) -> None:
-    """Trains to the end of the epoch, or of the run, from where the epoch was interrupted.
-
-    Raises Interrupted on a signal, and TrainingError after MAX_SKIPPED consecutive steps without a finite gradient.
-    """
+    """Trains to the end of the epoch, or of the run, from where it stopped. Raises Interrupted and TrainingError."""
     args, context, model, progress = run.args, run.context, run.model, run.progress
     run.train_loader.sampler.set_epoch(epoch)
     model.train()
     first, last = progress.seen // args.batch_size, len(run.train_loader)
     last = min(last, first + run.total_steps - progress.step)
-    # Losses stay on the device until they are logged. The last point before a validation is logged with it.
-    window = [torch.tensor(pair, device=context.device) for pair in progress.window]
     run.clock, run.timed = time.monotonic(), 0
     bar = tqdm(
         itertools.islice(run.train_loader, first, last), f'epoch {epoch + 1}/{run.num_epochs}', last, initial=first,
-        leave=False, disable=None if context.rank == 0 else True,
+        leave=False, disable=context.rank > 0 or None,  # None: if the output is no terminal
     )  # fmt: skip
     for i, batch in enumerate(bar, first + 1):
         images, slots, pixels = prepare_batch(run, batch)
@@ -625,24 +601,23 @@ def train_one_epoch(run: Run, epoch: int) -> None:
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         loss = context.mean(loss.detach())
-        optimizer_step(run, is_finite=torch.isfinite(loss + grad_norm))
+        # The flag by which torch's GradScaler makes a fused optimiser skip a step without a synchronisation.
+        found_inf = (~torch.isfinite(loss + grad_norm)).float()
+        for optimizer in run.optimizers:
+            optimizer.param_groups[0]['lr'] = run.learning_rate(progress.step)
+            optimizer.found_inf = found_inf
+            optimizer.step()
 
-        window.append(torch.stack([loss, grad_norm]))
+        progress.window.append(torch.stack([loss, grad_norm]))
         progress.step += 1
         progress.seen += args.batch_size
         progress.images += args.batch_size
         run.timed += args.batch_size
-        before_validation = i == last and run.validates_after(epoch)
+        before_validation = i == last and run.validates_after(epoch)  # which logs the last point itself
         if progress.step % args.log_every == 0 and not before_validation:
-            bar.set_postfix_str(log_window(run, torch.stack(window)))
-            window = []
-        interrupted = context.max(run.stop.signal or 0)
-        save_due = time.monotonic() - run.saved_at > args.save_minutes * 60
-        if interrupted or save_due or i == last:
-            progress.window = torch.stack(window).tolist() if window else []
-        if interrupted:
-            raise Interrupted(interrupted)
-        if save_due:
+            bar.set_postfix_str(log_window(run))
+        run.stop.check(context)
+        if time.monotonic() - run.saved_at > args.save_minutes * 60:
             save(run, 'last.pth')
 
 
@@ -667,53 +642,31 @@ def choose_pixels(rng: np.random.Generator, resolution: int, stride: int, device
     return tuple(torch.arange(i, resolution, stride, device=device) for i in rng.integers(stride, size=2).tolist())
 
 
-def optimizer_step(run: Run, is_finite: Tensor) -> None:
-    """Updates the weights; a step whose loss or gradient is not finite changes nothing."""
-    lr = scheduled_lr(run)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        # The flag by which torch's GradScaler makes a fused optimiser skip a step without a synchronisation.
-        optimizer.found_inf = (~is_finite).float()
-        optimizer.step()
-
-
 def learning_rate(
     step: int, lr: float, warmup_steps: int, decay_steps: int, cooldown: float = 0.0, total_steps: int = 0
 ) -> float:
-    """Linear warm-up times exponential decay (paper Appendix E.3), a function of the step.
-
-    In the last `cooldown` (a share) of total_steps it also falls linearly to 0.
-    """
+    """Linear warm-up times exponential decay (paper Appendix E.3); in the last `cooldown` share also a fall to 0."""
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     decay = 0.5 ** (step / decay_steps) if decay_steps else 1.0
     cool = min(1.0, (total_steps - step) / (cooldown * total_steps)) if cooldown else 1.0
     return lr * warmup * decay * cool
 
 
-def scheduled_lr(run: Run, offset: int = 0) -> float:
-    """The learning rate of the current step, or of the one `offset` steps away."""
-    args, step = run.args, run.progress.step + offset
-    return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, run.total_steps)
-
-
-def log_window(run: Run, window: Tensor) -> str:
-    """Logs the means over the steps since the last point, and returns them as text for the progress bar.
-
-    window [n, 2]: loss and gradient norm of each step. Raises TrainingError, see train_one_epoch().
-    """
+def log_window(run: Run) -> str:
+    """Logs the means over the steps since the last point, and returns them as text. Raises TrainingError."""
     progress = run.progress
-    losses, norms = window.double().cpu().T
+    losses, norms = torch.stack([pair.cpu() for pair in progress.window]).double().T  # [n] each
+    progress.window = []
     finite = torch.isfinite(losses + norms)
-    lr = scheduled_lr(run, -1)
-    for i, good in enumerate(finite.tolist()):
+    lr = run.learning_rate(progress.step - 1)
+    for step, good in enumerate(finite.tolist(), progress.step - len(finite) + 1):
         progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
         if progress.skipped_in_row == MAX_SKIPPED:
+            i = step - progress.step - 1
             raise TrainingError(
-                f'{MAX_SKIPPED} consecutive steps had no finite gradient: at step '
-                f'{progress.step - len(window) + i + 1} the loss is {losses[i]:.3g}, the gradient norm {norms[i]:.3g}, '
-                f'the learning rate {lr:.1e}; the last '
-                'checkpoint is unchanged; lower --lr or set --clip 1.0'
+                f'{MAX_SKIPPED} consecutive steps had no finite gradient: at step {step} the loss is {losses[i]:.3g}, '
+                f'the gradient norm {norms[i]:.3g}, the learning rate {lr:.1e}; the last checkpoint is unchanged; '
+                'lower --lr or set --clip 1.0'
             )
     seconds, run.clock = time.monotonic() - run.clock, time.monotonic()
     rate, run.timed = run.timed / seconds, 0
@@ -738,39 +691,39 @@ def save(run: Run, name: str) -> None:
         return
     run.log.flush()  # or a kill would lose the points before this checkpoint
     path = run.args.log_dir / 'checkpoints' / name
-    flags = {name: value for name, value in vars(run.args).items() if is_saved(name)}
+    progress = asdict(run.progress) | dict(window=[pair.tolist() for pair in run.progress.window])
     states = [optimizer.state_dict()['state'] for optimizer in run.optimizers]
     try:
         save_checkpoint(
-            path, run.model, args=flags, data=data_of(run.args), progress=asdict(run.progress), optimizers=states,
+            path, run.model, args=saved_flags(run.args), data=data_of(run.args), progress=progress, optimizers=states,
             fingerprint=run.train_loader.dataset.fingerprint,
         )  # fmt: skip
         run.save_failed = False
         run.log.reopen()
     except OSError as error:
         run.save_failed = True
-        print(f'cannot write {path} ({error.strerror}); training continues without it', file=sys.stderr, flush=True)
+        print_error(f'cannot write {path} ({error.strerror}); training continues without it')
 
 
-# --- Validation ------------------------------------------------------------------------------
+# --- Validation and logging ------------------------------------------------------------------
 
 
 def validate(run: Run) -> dict[str, float]:
     """Scores the network on the validation images, logs and prints the scores. Raises Interrupted."""
     progress, context, start = run.progress, run.context, time.monotonic()
     final = progress.step == run.total_steps
-    scores = evaluate(run.model, run.val_loader, context, run.stop, consistency=final)['network']
+    scores = evaluate(run.model, run.val_loader, context, run.stop, run.args, consistency=final)['network']
     run.clock += time.monotonic() - start  # it measures training only
     if not scores['mse'] <= MAX_MSE:
         raise TrainingError(
             f'training has diverged: the validation MSE is {scores["mse"]:.3g}; lower --lr or raise --warmup_steps'
         )
     if progress.window:
-        log_window(run, torch.tensor(progress.window))
+        log_window(run)
     for name, value in scores.items():
         run.log.add_scalar(f'{"val" if name in SCORES else "slots"}/{name}', value, progress.step)
     if context.rank == 0:
-        log_figures(run.model, run.val_loader.dataset, context, run.log, progress.step)
+        log_figures(run)
     summary = '  '.join(f'{title} {scores[name]:.4f}' for name, title in SCORES.items() if name in scores)
     context.print0(
         f'epoch {progress.epochs + 1:3d}  {progress.seconds / 60:5.1f} min  '
@@ -784,128 +737,100 @@ def validate(run: Run) -> dict[str, float]:
         text = f'{DIAGNOSES[diagnosis][1]} ({diagnosis} {scores[diagnosis]:.2f})'
         context.print0(text)
         run.log.add_text('diagnosis', text, progress.step)
-    progress.validated, progress.window, progress.loss_sum, progress.loss_steps = progress.step, [], 0.0, 0
+    progress.validated, progress.loss_sum, progress.loss_steps = progress.step, 0.0, 0
     return scores
 
 
 @torch.no_grad()
 def evaluate(
-    model: SlotAttentionAutoEncoder,
-    loader: DataLoader,
-    context: DistributedContext,
-    stop: Stop | None = None,
-    num_slots: int | None = None,
-    num_iterations: int | None = None,
-    consistency: bool = False,
-    search: dict | None = None,
-) -> dict[str, dict[str, float]]:
-    """Mean scores over the images of all processes: rows 'network' and, with search, '+ prune' and '+ refine'.
+    model: SlotAttentionAutoEncoder, loader: DataLoader, context: DistributedContext, stop: Stop,
+    args: argparse.Namespace, consistency: bool,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Mean scores over the images of all processes: rows 'network' and, with --search, '+ prune' and '+ refine'.
 
-    A row has the SCORES (see segmentation_scores()) and mask_statistics(). attn_fg_ari is the FG-ARI of the last
-    iteration's attention, enlarged to the image; scored is the share of the images that have an FG-ARI. Without
-    masks there are no segmentation scores.
-
-    num_slots, num_iterations  as in SlotAttentionAutoEncoder.encode
-    consistency  adds the ARI of the segmentations from two independent samples of the initial slots, over the
-                 true foreground (without masks: the image): does an object get the same slot again?
-    search       prune_threshold and refine_steps: how the slots of each test image are improved
-
-    Raises Interrupted if `stop` got a signal.
+    A row has the SCORES (see segmentation_scores(); without masks only the MSE and the consistency) and
+    mask_statistics(). attn_fg_ari is the FG-ARI of the last iteration's attention, enlarged to the image; scored is
+    the share of the images that have an FG-ARI. `consistency` adds the ARI of the segmentations from two independent
+    samples of the initial slots, over the true foreground: does an object get the same slot again? Raises Interrupted.
     """
     model.eval()
-    batch_size = loader.batch_size * context.world_size
-    rows = defaultdict(lambda: defaultdict(list))
+    batch_size, T = loader.batch_size * context.world_size, args.num_iterations
+    values = defaultdict(list)  # of each image, by (row, name)
 
     def run_model(images: Tensor, *key: int) -> tuple[Tensor, SlotAttentionOutput]:
-        slots = model.slot_attention.initial_slots(
-            batch_size, num_slots or model.config.num_slots, context.generator(0, *key)
-        )
+        slots = model.slot_attention.initial_slots(batch_size, args.num_slots, context.generator(0, *key))
         slots = context.shard(slots)[: len(images)]
-        return slots, model(images, slots=slots, num_iterations=num_iterations)
+        return slots, model(images, slots=slots, num_iterations=T)
 
     def score(row: str, images: Tensor, labels: Tensor | None, recons: Tensor, masks: Tensor) -> None:
-        values = {'mse': (recons.float() - images).square().mean((1, 2, 3))}
+        values[row, 'mse'] += (recons.float() - images).square().mean((1, 2, 3)).tolist()
+        scores = mask_statistics(masks, labels)
         if labels is not None:
-            values |= segmentation_scores(labels, masks)
-            values['scored'] = (~values['fg_ari'].isnan()).double()
-        for name, value in (values | mask_statistics(masks, labels)).items():
-            rows[row][name].append(value.double().cpu())
+            scores |= segmentation_scores(labels, masks)
+            scores['scored'] = ~scores['fg_ari'].isnan()
+        for name, value in scores.items():
+            values[row, name] += value.tolist()
 
     def score_batch(images: Tensor, labels: Tensor | None, i: int) -> None:
         initial, output = run_model(images, i, 0)
         score('network', images, labels, output.recons, output.masks)
         if labels is not None:
             attn = F.interpolate(output.attn[:, -1].float(), labels.shape[1:], mode='bilinear')
-            rows['network']['attn_fg_ari'].append(fg_ari(labels, attn).cpu())
+            values['network', 'attn_fg_ari'] += fg_ari(labels, attn).tolist()
         if consistency:
             found, again = segmentation(output.masks), segmentation(run_model(images, i, 1)[1].masks)
             where = None if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
-            rows['network']['consistency'].append(adjusted_rand_index(found, again, where).cpu())
-        if search is None:
-            return
-        slots, slot_mask = prune_and_reseed(
-            model, images, initial, search['prune_threshold'], num_iterations=num_iterations
-        )
-        for row in ('+ prune', '+ refine'):
-            if row == '+ refine':
-                slots = refine(model, images, slots, slot_mask, search['refine_steps'])
-            rgbs, masks = decode_partial(model, slots, slot_mask=slot_mask)
-            score(row, images, labels, (rgbs * masks).sum(1), masks)
+            values['network', 'consistency'] += adjusted_rand_index(found, again, where).tolist()
+        if args.search:
+            slots, slot_mask = prune_and_reseed(model, images, initial, args.prune_threshold, num_iterations=T)
+            refined = refine(model, images, slots, slot_mask, args.refine_steps)
+            for row, found in (('+ prune', slots), ('+ refine', refined)):
+                rgbs, masks = decode_partial(model, found, slot_mask=slot_mask)
+                score(row, images, labels, (rgbs * masks).sum(1), masks)
 
-    batches, count = iter(loader), math.ceil(len(loader.dataset) / batch_size)
-    disable = None if context.rank == 0 else True  # None: if the output is no terminal
-    for i in tqdm(range(count), 'evaluating', delay=2, leave=False, disable=disable):
-        if (batch := next(batches, None)) is not None:  # a process may have no part of the last batch
-            batch = {name: values.to(context.device, non_blocking=True) for name, values in batch.items()}
+    count = math.ceil(len(loader.dataset) / batch_size)
+    batches = itertools.zip_longest(range(count), loader)  # a process may have no part of the last batch
+    for i, batch in tqdm(batches, 'evaluating', count, delay=2, leave=False, disable=context.rank > 0 or None):
+        if batch is not None:
+            batch = {name: value.to(context.device, non_blocking=True) for name, value in batch.items()}
             with context.autocast():
                 score_batch(batch['image'], batch.get('mask'), i)
-        if stop is not None:
-            stop.check(context)
-    return mean_rows(rows, context)
+        stop.check(context)
 
-
-def mean_rows(rows: dict[str, dict[str, list[Tensor]]], context: DistributedContext) -> dict[str, dict[str, float]]:
-    """Per-image values of all processes -> their means, without NaN."""
-    parts = context.gather({row: {name: torch.cat(v) for name, v in values.items()} for row, values in rows.items()})
-    return {
-        row: {
-            name: torch.cat([part[row][name] for part in parts if name in part.get(row, {})]).nanmean().item()
-            for name in values
-        }
-        for row, values in parts[0].items()
-    }
+    parts, rows = context.gather(values), defaultdict(dict)
+    for row, name in parts[0]:
+        numbers = [number for part in parts for number in part[row, name]]
+        rows[row][name] = torch.tensor(numbers, dtype=torch.double).nanmean().item()
+    return rows
 
 
 def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
     """Statistics that show how the slots fail, of each image, [B] each.
 
-    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; `missed` and `split` need labels. Empty for K = 1.
+    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background; without labels all of the image is foreground, and
+    `missed` and `split` are left out. Empty for K = 1.
 
-    mask_entropy  mean entropy of the masks at a pixel of the true foreground (without labels: of the image), as a
-                  share of log K; 1: all slots share everything
-    sameness      ARI with the segmentation of the next image; 1: the masks do not depend on the image. Needs
-                  two images
-    largest_slot  share of the true foreground (without labels: of the image) in the slot with most of it; NaN
-                  for an image with one object, where it should be 1
+    mask_entropy  mean entropy of the masks at a pixel of the true foreground, divided by log K; 1: all slots share all
+    sameness      ARI with the segmentation of the next image, if there is one; 1: the image does not matter
+    largest_slot  share of the foreground in the slot with most of it; NaN for one object, where it should be 1
     missed        share of the objects that lie mostly in the background's slot
     split         share of the foreground in neither the background's slot nor the main slot of its object
     """
     if masks.shape[1] == 1:
         return {}
-    found = segmentation(masks)
-    where = torch.ones_like(found, dtype=torch.bool) if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
+    found, has_labels = segmentation(masks), labels is not None
+    if not has_labels:
+        labels = torch.ones_like(found)
+    counted = labels != IGNORE_LABEL
+    where = counted & (labels > 0)
     entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(masks.shape[1])
     area = where.sum((1, 2))
-    counted = None if labels is None else labels != IGNORE_LABEL
-    table = contingency_table(where.long() if labels is None else labels.where(counted, 0), found, counted).double()
+    table = contingency_table(labels.where(counted, 0), found, counted).double()  # [B, labels, slots]
     objects = table[:, 1:]  # [B, objects, slots]
-    statistics = {
-        'mask_entropy': (entropy * where).sum((1, 2)) / area,
-        'largest_slot': objects.sum(1).amax(1) / area,
-    }
+    statistics = {'mask_entropy': (entropy * where).sum((1, 2)) / area, 'largest_slot': objects.sum(1).amax(1) / area}
     if len(found) > 1:
         statistics['sameness'] = adjusted_rand_index(found, found.roll(1, dims=0))
-    if labels is not None:
+    if has_labels:
         visible = objects.sum(2) > 0  # [B, objects]
         statistics['largest_slot'].masked_fill_(visible.sum(1) < 2, math.nan)
         background = table[:, :1].argmax(dim=2)  # [B, 1]
@@ -916,43 +841,38 @@ def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Te
 
 
 def diagnose(statistics: dict[str, float]) -> str:
-    """The first of DIAGNOSES that the means of mask_statistics() show, '' if there is none.
-
-    Without labels the largest slot is the background's, which may be large: only a share of 0.999 is a failure.
-    """
+    """The first of DIAGNOSES that the means of mask_statistics() show, '' if there is none."""
     for name, (limit, _) in DIAGNOSES.items():
         if name == 'largest_slot' and 'missed' not in statistics:
-            limit = 0.999
+            limit = 0.999  # without labels the largest slot is the background's, which may be large
         if statistics.get(name, -math.inf) > limit:
             return name
     return ''
 
 
 @torch.no_grad()
-def log_figures(
-    model: SlotAttentionAutoEncoder, dataset: Dataset, context: DistributedContext, log: 'Log', step: int
-) -> None:
+def log_figures(run: Run) -> None:
     """Logs figures of the first validation images, and a histogram of the slots' shares of up to 64 images.
 
     The images and the noise are the same at every step, so TensorBoard's slider shows how the slots develop.
     """
-    model.eval()
+    context, dataset, step = run.context, run.val_loader.dataset, run.progress.step
+    run.model.eval()
     batch = dataset.__getitems__(list(range(min(64, len(dataset)))))
     batch = {name: values.to(context.device) for name, values in batch.items()}
     with context.autocast():
-        output = model(batch['image'], generator=context.generator(0))
-        log.add_histogram('slots/mask_size', output.masks.float().mean((2, 3, 4)), step)
+        output = run.model(batch['image'], generator=context.generator(0))
+        run.log.add_histogram('slots/mask_size', output.masks.float().mean((2, 3, 4)), step)
         recons, masks, slots, attn = (values[:6] for values in output)
-        rgbs, _ = model.decode(slots)
+        rgbs, _ = run.model.decode(slots)
     images, labels = batch['image'][:6], batch['mask'][:6] if 'mask' in batch else None
-    decomposition = visualize_slots(images, recons, masks, rgbs=rgbs, labels=labels)
-    attention = visualize_attention_evolution(attn, images=images)
-    for name, figure in (('decomposition', decomposition), ('attention', attention)):
+    figures = {
+        'decomposition': visualize_slots(images, recons, masks, rgbs=rgbs, labels=labels),
+        'attention': visualize_attention_evolution(attn, images=images),
+    }
+    for name, figure in figures.items():
         figure.set_facecolor('white')  # TensorBoard drops transparency, which roughens the text
-        log.add_figure(f'slots/{name}', figure, step)
-
-
-# --- Logging ---------------------------------------------------------------------------------
+        run.log.add_figure(f'slots/{name}', figure, step)
 
 
 class Writer(SummaryWriter):
@@ -963,31 +883,25 @@ class Writer(SummaryWriter):
 
 
 class Log:
-    """A SummaryWriter in the main process only; a full disk silences it but does not end the run.
-
-    Points at or after `first_step` that an earlier, killed part of the run wrote are replaced.
-    """
+    """A SummaryWriter in the main process only; a full disk silences it but does not end the run."""
 
     def __init__(self, log_dir: Path, first_step: int, context: DistributedContext):
-        self.log_dir, self.failed = log_dir, False
-        threading.excepthook = self.excepthook
+        self.log_dir = log_dir
+        # Points at or after first_step that an earlier, killed part of the run wrote are replaced.
         self.writer = Writer(log_dir, purge_step=first_step) if context.rank == 0 else None
+        threading.excepthook = self.excepthook
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """add_scalar(), add_figure(), flush(), ... of the writer."""
 
         def call(*args, **kwargs) -> None:
-            if self.writer is None or self.failed:
+            if self.writer is None:
                 return
             try:
                 getattr(self.writer, name)(*args, **kwargs)
             except OSError as error:
-                self.failed = True
-                print(
-                    f'cannot write TensorBoard files ({error.strerror}); training continues',
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self.writer = None
+                print_error(f'cannot write TensorBoard files ({error.strerror}); training continues')
 
         return call
 
@@ -998,61 +912,45 @@ class Log:
             threading.__excepthook__(args)
 
     def reopen(self) -> None:
-        """Tries again, in a new file, after a failure."""
-        if self.failed:
+        """Tries again, in a new file, after a failure in the main process."""
+        if self.writer is None:
             with contextlib.suppress(OSError):
-                self.writer, self.failed = Writer(self.log_dir), False
+                self.writer = Writer(self.log_dir)
 
 
 # --- Runs ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def locked(log_dir: Path) -> Iterator[None]:
-    """Creates the folder and locks it for this run. Raises ConfigError if that is not possible."""
-    with contextlib.ExitStack() as stack:
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(log_dir / '.lock', 'a'))
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a run ends
-        except BlockingIOError:
-            raise ConfigError(f'another run is writing to {log_dir}; choose another --log_dir') from None
-        except OSError as error:
-            raise ConfigError(f'cannot write to {log_dir} ({error.strerror}); choose another --log_dir') from error
-        yield
+def open_log_dir(log_dir: Path, resume: Path | None) -> TextIO:
+    """Creates log_dir/checkpoints, and moves an earlier run to log_dir/run_N unless that one is resumed.
 
-
-def open_log_dir(log_dir: Path, resume: Path | None) -> None:
-    """Creates the folder of the checkpoints; a new run moves an earlier one to log_dir/run_N.
-
-    Raises ConfigError if the folder is not writable.
+    Returns a file that locks the folder until it is closed. Raises ConfigError if the folder is not writable, or
+    locked by another run.
     """
     checkpoints = log_dir / 'checkpoints'
     try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(log_dir / '.lock', 'a')  # noqa: SIM115 (the caller closes it)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a run ends
         checkpoints.mkdir(exist_ok=True)
         for leftover in checkpoints.glob('.*.pth.*'):  # of a run that was killed while it saved
             leftover.unlink()
-        if resume is None or resume.resolve().parent != checkpoints.resolve():
-            earlier = list(log_dir.glob('events.out.tfevents.*'))
-            if earlier or any(checkpoints.iterdir()):
-                target = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
-                target.mkdir()
-                for path in (*earlier, checkpoints):
-                    shutil.move(path, target)
-                checkpoints.mkdir()
-                print(f'the earlier run in {log_dir} is now in {target}')
+        earlier = [*log_dir.glob('events.out.tfevents.*'), checkpoints]
+        continued = resume is not None and resume.resolve().parent == checkpoints.resolve()
+        if not continued and (len(earlier) > 1 or any(checkpoints.iterdir())):
+            target = next(log_dir / f'run_{n}' for n in itertools.count(1) if not (log_dir / f'run_{n}').exists())
+            target.mkdir()
+            for path in earlier:
+                shutil.move(path, target)
+            checkpoints.mkdir()
+            print(f'the earlier run in {log_dir} is now in {target}')
         tempfile.TemporaryFile(dir=checkpoints).close()
+        return lock
+    except BlockingIOError:
+        raise ConfigError(f'another run is writing to {log_dir}; choose another --log_dir') from None
     except OSError as error:
         raise ConfigError(f'cannot write to {checkpoints} ({error.strerror}); choose another --log_dir') from error
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The last.pth of the folder of a run, or of its checkpoints. Raises CheckpointError if there is none."""
-    found = [file for file in (path / 'last.pth', path / 'checkpoints' / 'last.pth') if file.is_file()]
-    if not found:
-        raise CheckpointError(f'no checkpoint at {path}')
-    return found[0]
 
 
 def newest_checkpoint(log_dir: Path) -> Path | None:
@@ -1063,7 +961,7 @@ def newest_checkpoint(log_dir: Path) -> Path | None:
             load_flags(path)
             return path
         except CheckpointError as error:
-            print(f'{error}; trying an older one', file=sys.stderr)
+            print_error(f'{error}; trying an older one')
     print(f'no checkpoint to continue in {checkpoints}: starting a new run')
     return None
 
@@ -1073,17 +971,16 @@ def load_flags(path: Path) -> dict:
     checkpoint = load_checkpoint(path)
     if 'args' not in checkpoint['training']:
         raise CheckpointError(f'{path} holds a model but no training state: it cannot be resumed or scored')
-    flags = vars(create_parser().parse_args([]))
     try:
-        check_types(checkpoint['training']['args'], {name: flags[name] for name in flags if is_saved(name)})
+        check_types(checkpoint['training']['args'], saved_flags(create_parser().parse_args([])))
     except Exception as error:
         raise damaged(path, error) from error
     return asdict(checkpoint['config']) | checkpoint['training']['args']
 
 
-def is_saved(flag: str) -> bool:
-    """Whether a flag is saved with the training state."""
-    return flag not in NOT_SAVED and flag not in MODEL_FLAGS
+def saved_flags(args: argparse.Namespace) -> dict:
+    """The flags that are saved with the training state."""
+    return {name: value for name, value in vars(args).items() if name not in (*NOT_SAVED, *MODEL_FLAGS)}
 
 
 def check_types(values: dict, like: dict) -> None:
@@ -1092,26 +989,24 @@ def check_types(values: dict, like: dict) -> None:
         raise TypeError('other fields or types than expected')
 
 
-def restore_training(run: Run, training: dict, path: Path) -> None:
-    """Gives a run the progress and the optimiser states of a checkpoint. Raises CheckpointError."""
+def restore_training(optimizers: list[torch.optim.Optimizer], training: dict, path: Path) -> Progress:
+    """Restores the states of the optimisers, and returns the progress. Raises CheckpointError."""
     try:
         check_types(training['progress'], asdict(Progress()))
-        run.progress = Progress(**training['progress'])
-        torch.tensor(run.progress.window).reshape(-1, 2)
-        for optimizer, state in zip(run.optimizers, training['optimizers'], strict=True):
+        progress = Progress(**training['progress'])
+        progress.best = [float(score) for score in progress.best]
+        progress.window = [*torch.tensor(progress.window).reshape(-1, 2)]
+        for optimizer, state in zip(optimizers, training['optimizers'], strict=True):
             optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
-            check_optimizer_state(optimizer)
+            names = ('momentum',) if isinstance(optimizer, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
+            for p in optimizer.param_groups[0]['params']:
+                shapes = {name: value.shape for name, value in optimizer.state[p].items()}
+                # With other shapes torch's fused step would crash.
+                if shapes != {name: torch.Size() if name == 'step' else p.shape for name in names}:
+                    raise TypeError('the optimiser state does not fit the model')
+        return progress
     except Exception as error:
         raise damaged(path, error) from error
-
-
-def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raises TypeError unless every parameter has its moments, in its shape: torch's fused step would crash."""
-    names = ('momentum',) if isinstance(optimizer, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
-    for p in (p for group in optimizer.param_groups for p in group['params']):
-        shapes = {name: value.shape for name, value in optimizer.state[p].items()}
-        if shapes != {name: torch.Size() if name == 'step' else p.shape for name in names}:
-            raise TypeError('the optimiser state does not fit the model')
 
 
 def data_of(args: argparse.Namespace) -> dict:
@@ -1126,10 +1021,9 @@ def data_of(args: argparse.Namespace) -> dict:
 def check_fingerprint(dataset: Dataset, checkpoint: dict, path: Path) -> None:
     """Prints a warning if the data are not those that the checkpoint was trained on."""
     if dataset.fingerprint != checkpoint['training'].get('fingerprint'):
-        print(
+        print_error(
             f'warning: {path} was trained on other data: images have been added, removed or changed, or were prepared '
-            'in another way',
-            file=sys.stderr,
+            'in another way'
         )
 
 
@@ -1139,60 +1033,28 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
     model = context.place(build_model(checkpoint, args.resume))
     with context.main_process_first():
         test = create_dataset(split='test', size=args.val_size, **data_of(args))
-    if args.max_objects == load_flags(args.resume)['max_objects']:
+    if args.max_objects == checkpoint['training']['args']['max_objects']:
         check_fingerprint(test, checkpoint, args.resume)
     loader = wrap_in_loader(test, 32 * context.world_size, False, rank=context.rank, world_size=context.world_size)
-    search = dict(prune_threshold=args.prune_threshold, refine_steps=args.refine_steps) if args.search else None
     with Stop() as stop:
-        rows = evaluate(model, loader, context, stop, args.num_slots, args.num_iterations, True, search)
-    names = [name for name in SCORES if name in rows['network']]
+        rows = evaluate(model, loader, context, stop, args, consistency=True)
+    network = rows['network']
+    names = [name for name in SCORES if name in network]
     context.print0(
         f'{args.resume}, step {checkpoint["training"]["progress"]["step"]}\n'
         f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n\n'
         + ' ' * 10 + ''.join(f'{SCORES[name]:>13}' for name in names)
     )  # fmt: skip
-    if (scored := round(len(test) * rows['network'].get('scored', 1))) < len(test):
-        names_of = 'have a mask with objects: the others count in the MSE only'
-        context.print0(f'{scored} of the images {names_of}')
+    if (scored := round(len(test) * network.get('scored', 1))) < len(test):
+        context.print0(f'{scored} of the images have a mask with objects: the others count in the MSE only')
     for row, scores in rows.items():
         cells = (f'{scores[name]:13.4f}' if name in scores else f'{"":13}' for name in names)
         context.print0(f'{row:10}{"".join(cells)}')
     if args.search:
         context.print0('\nprune and refine search for better slots of each test image: no scores of the network')
-    if (diagnosis := diagnose(rows['network'])) and context.rank == 0:
-        print(DIAGNOSES[diagnosis][1], file=sys.stderr)
+    if (diagnosis := diagnose(network)) and context.rank == 0:
+        print_error(DIAGNOSES[diagnosis][1])
     return 0
-
-
-def create_run(args: argparse.Namespace, context: DistributedContext, stop: Stop) -> Run:
-    """A run, new or as it was when --resume was written. Raises the errors that main() prints."""
-    torch.manual_seed(args.seed)
-    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-    if checkpoint is None:
-        model = SlotAttentionAutoEncoder(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
-    else:
-        model = build_model(checkpoint, args.resume)
-    model = context.place(model)
-    with context.main_process_first():  # the data may have to be prepared
-        loaders = create_dataloader(
-            args.dataset, args.batch_size, args.resolution, args.max_objects, args.min_objects,
-            args.train_size or None, args.val_size, args.seed, args.data_seed, args.num_workers,
-            context.device.type == 'cuda', args.data_dir, args.variant, context.rank, context.world_size,
-            args.mask_dir or None,
-        )  # fmt: skip
-    optimizers = create_optimizers(model, args.optimizer)
-    run = Run(args, context, model, context.wrap(ReconstructionLoss(model)), optimizers, *loaders, Progress(), stop)
-    if checkpoint is not None:
-        restore_training(run, checkpoint['training'], args.resume)
-        check_fingerprint(run.train_loader.dataset, checkpoint, args.resume)
-    run.total_steps = total_steps(args, run.progress, len(run.train_loader))
-    return run
-
-
-def total_steps(args: argparse.Namespace, progress: Progress, steps_per_epoch: int) -> int:
-    """Length of the run in steps; --batch_size may have changed when it was resumed."""
-    begin_of_epoch = progress.step - progress.seen // args.batch_size
-    return args.steps or begin_of_epoch + (args.epochs - progress.epochs) * steps_per_epoch
 
 
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
@@ -1215,22 +1077,17 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
 
 def train(args: argparse.Namespace, context: DistributedContext) -> int:
     """Trains from the start or from a checkpoint to the end of the run; returns the exit status."""
-    with contextlib.ExitStack() as stack:
-        stop = Stop()
-        run = create_run(args, context, stop)
-        progress = run.progress
-        if progress.step >= run.total_steps and progress.validated == progress.step:
-            end = f'{args.resume} is the end of a run of {progress.step} steps, {progress.epochs} epochs'
-            if args.auto:  # a loop around this command shall end with status 0
-                context.print0(f'{end}: nothing left to do')
-                return 0
-            raise ConfigError(f'{end}; give a larger --steps or --epochs to continue')
-        if context.rank == 0:
-            stack.enter_context(locked(args.log_dir))
-            open_log_dir(args.log_dir, args.resume)
-        run.log = Log(args.log_dir, progress.step - len(progress.window) + 1, context)
-        stack.callback(run.log.close)
-        stack.enter_context(stop)
+    run = Run(args, context)
+    progress = run.progress
+    if progress.step >= run.total_steps and progress.validated == progress.step:
+        end = f'{args.resume} is the end of a run of {progress.step} steps, {progress.epochs} epochs'
+        if args.auto:  # a loop around this command shall end with status 0
+            context.print0(f'{end}: nothing left to do')
+            return 0
+        raise ConfigError(f'{end}; give a larger --steps or --epochs to continue')
+    lock = open_log_dir(args.log_dir, args.resume) if context.rank == 0 else contextlib.nullcontext()
+    log = Log(args.log_dir, progress.step - len(progress.window) + 1, context)
+    with lock, contextlib.closing(log) as run.log, run.stop:
         parameters = sum(p.numel() for p in run.model.parameters())
         context.print0(f'{args.architecture} model with {parameters:,} parameters on {context}')
         context.print0(f'{args.dataset}: {run.train_loader.dataset}')
@@ -1275,13 +1132,13 @@ def main(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
         return status
     except (ConfigError, CheckpointError, DataError, TrainingError, OSError) as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
+        print_error(f'train.py: error: {error}')
         return 2
     except Interrupted as interrupted:
-        print('interrupted', file=sys.stderr)
+        print_error('interrupted')
         return 128 + interrupted.args[0]
     except KeyboardInterrupt:
-        print('interrupted before the first step: there is nothing to save', file=sys.stderr)
+        print_error('interrupted before the first step: there is nothing to save')
         return 130
 
 

@@ -204,7 +204,7 @@ def test_a_saving_that_fails_leaves_the_last_good_one_and_the_next_is_tried(monk
 def test_a_second_run_into_the_same_folder_is_refused(capsys):
     run(*SMALL, '--epochs', 1)
     before = sorted(Path('logs').rglob('*'))
-    with train.locked(Path('logs')):
+    with train.open_log_dir(Path('logs'), LAST):
         assert run(*SMALL, '--epochs', 1) == 2
         assert 'another run is writing to logs; choose another --log_dir' in capsys.readouterr().err
         assert run('--resume', LAST, '--epochs', 2) == 2
