@@ -631,19 +631,21 @@ ALL_PIXELS = (slice(None), slice(None))
 class ImplicitDecoder(nn.Module):
     """Decodes a slot with a small network whose weights are a function of the slot (a hyper-network).
 
-    The mask logit is a function of a pixel's coordinates in the slot's frame, see to_slot_frame(), through one
-    hidden layer of UNITS half-planes. Colours are quadratic in the same coordinates: smooth, so an outline must be
-    one of the mask, and one slot cannot draw two objects, or an object and its background, as well as two slots
-    can. Any rows and columns can be decoded alone, and an object looks the same wherever it lies (as in Invariant
-    Slot Attention). A slot with a scale of 0 or below is absent: its logit is the lowest number.
+    It maps a pixel's coordinates in the slot's frame, see to_slot_frame(), to colours and a mask logit. The logit is a
+    sum of UNITS half-planes. Colours are quadratic in the coordinates: smooth, so an outline must be one of the mask,
+    and one slot cannot draw two objects, or an object and its background, as well as two slots can. Only slots with
+    a scale above WIDE, which are backgrounds, have half-planes in their colours too, for shadows and a horizon.
+
+    Any rows and columns can be decoded alone, and an object looks the same wherever it lies (as in Invariant Slot
+    Attention). A slot with a scale of 0 or below is absent: its logit is the lowest number.
     """
 
-    UNITS, MIN_SCALE = 16, 0.01
+    UNITS, WIDE, MIN_SCALE = 16, 0.4, 0.01
 
     def __init__(self, resolution: int, slot_dim: int, hidden_dim: int):
         super().__init__()
         self.register_buffer('grid', coord_grid(resolution), persistent=False)
-        self.num_weights = [3 * self.UNITS, self.UNITS + 1, 3 * 5]
+        self.num_weights = [3 * self.UNITS, 4 * (self.UNITS + 1), 3 * 4]
         width = 3 * hidden_dim  # computed per slot, not per pixel: cheap
         self.hyper = nn.Sequential(nn.Linear(slot_dim, width), nn.ReLU(), nn.Linear(width, sum(self.num_weights)))
         keras_init(self)
@@ -652,26 +654,30 @@ class ImplicitDecoder(nn.Module):
 
     def forward(self, slots: Tensor, pixels: Pixels = ALL_PIXELS) -> Tensor:
         """slots [M, D] -> colours and mask logit [M, 4, H, W] of the rows and columns in `pixels`."""
-        positions, scales = slots[:, :2], slots[:, 2:FRAME].clamp(min=self.MIN_SCALE)
+        positions, scales = slots[:, :2], slots[:, 2:FRAME]
+        present, scales = scales > 0, scales.clamp(min=self.MIN_SCALE)  # [M, 1] each
         rows, columns = pixels
         x = to_slot_frame(self.grid[columns], positions, scales)[:, 0:1]  # [M, 1, W]
         y = to_slot_frame(self.grid[rows], positions, scales)[:, 1:2]  # [M, 1, H]
         code = torch.cat([positions, scales.log(), slots[:, FRAME:]], dim=1)
         inner, outer, colour = self.hyper(code).split(self.num_weights, dim=1)
-        inner, outer, colour = inner.unflatten(1, (self.UNITS, 3)), outer[:, None], colour.unflatten(1, (3, 5))
+        inner, outer, colour = (w.unflatten(1, (n, -1)) for w, n in ((inner, self.UNITS), (outer, 4), (colour, 3)))
         # Half-planes and colours are a function of x plus a function of y: no product per pixel is needed.
         along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, UNITS, W]
         along_y = inner[:, :, 1:2] * y  # [M, UNITS, H]
         # Rounding to the dtype of autocast before the ReLU, not after it, halves the memory traffic.
         hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(outer.dtype)  # [M, UNITS, H, W]
         hidden = hidden.relu_().flatten(2)  # [M, UNITS, H * W]
-        logit = torch.baddbmm(outer[:, :, -1:], outer[:, :, :-1] * self.UNITS**-0.5, hidden)  # [M, 1, H * W]
-        logit = logit.masked_fill(slots[:, 2:FRAME, None] <= 0, torch.finfo(logit.dtype).min)
+        wide = torch.sigmoid((scales - self.WIDE) / (0.1 * self.WIDE)).to(outer.dtype)[:, :, None]  # [M, 1, 1]
+        weights = torch.cat([outer[:, :3, :-1] * wide, outer[:, 3:, :-1]], dim=1) * self.UNITS**-0.5  # [M, 4, UNITS]
+        decoded = torch.baddbmm(outer[:, :, -1:], weights, hidden)  # [M, 4, H * W]
+        rgbs, logit = decoded.unflatten(2, (y.shape[2], x.shape[2])).split([3, 1], dim=1)
         x, y = x / 4, y / 4  # in [-1, 1]
-        along_x = colour[:, :, 0:1] + colour[:, :, 1:2] * x + colour[:, :, 2:3] * x.square()  # [M, 3, W]
-        along_y = colour[:, :, 3:4] * y + colour[:, :, 4:5] * y.square()  # [M, 3, H]
-        rgb = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(logit.dtype)  # [M, 3, H, W]
-        return torch.cat([rgb, logit.unflatten(2, rgb.shape[2:])], dim=1)
+        along_x = colour[:, :, 0:1] * x + colour[:, :, 1:2] * x.square()  # [M, 3, W]
+        along_y = colour[:, :, 2:3] * y + colour[:, :, 3:4] * y.square()  # [M, 3, H]
+        smooth = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(rgbs.dtype)
+        logit = logit.masked_fill(~present[:, :, None, None], torch.finfo(logit.dtype).min)
+        return torch.cat([rgbs + smooth, logit], dim=1)
 
 
 def fast_parts(config: 'ModelConfig') -> tuple[StridedEncoder, FramedSlotAttention, ImplicitDecoder]:
@@ -714,7 +720,7 @@ def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
 
 
 # What a slot must be worth to be needed, see try_without(): shares of the variance of the image and of its error.
-WORTH_OF_VARIANCE, WORTH_OF_ERROR, NEEDED_WEIGHT = 0.004, 0.05, 1.5
+WORTH_OF_VARIANCE, WORTH_OF_ERROR, NEEDED_WEIGHT = 0.003, 0.05, 1.5
 
 
 def reallocation_loss(

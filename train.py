@@ -52,16 +52,16 @@ from dataset import (  # isort: skip
 )  # fmt: skip
 from slot_attention import (  # isort: skip
     ALL_PIXELS, IGNORE_LABEL, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig, Pixels,
-    SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, adjusted_rand_index, build_model,
-    contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed, refine, save_checkpoint,
-    segmentation, segmentation_scores,
+    SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace, adjusted_rand_index, build_model,
+    contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed, reallocation_loss, refine,
+    save_checkpoint, segmentation, segmentation_scores,
 )  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
 # What --architecture paper changes of the flags' defaults: Table 11.
 PAPER_RECIPE = dict(
-    num_iterations=3, gradient='full', damping=0.0, optimizer='adam', pixel_stride=1, steps=500_000, batch_size=64,
-    lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
+    num_iterations=3, gradient='full', damping=0.0, moves=0, drops=0, optimizer='adam', pixel_stride=1,
+    steps=500_000, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
 )  # fmt: skip
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
@@ -89,6 +89,7 @@ DIAGNOSES = {
 REPORT_AFTER = 3  # a diagnosis is printed when this many consecutive validations agree
 MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
+MOVES_FROM, DROPS_FROM = 0.2, 0.8  # shares of the run, see Loss
 VAL_STEPS = 500  # least steps between two validations, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
@@ -141,12 +142,15 @@ def create_parser() -> Parser:
         'paper: Locatello et al. 2020, Tables 4-7; fast: a variant that learns in minutes on a CPU', ('fast', 'paper'))
     add('num_slots', number(1), 7, 'number of slots: at least one per object and one for the background')
     add('slot_dim', number(1), 64, 'size of a slot')
-    add('num_iterations', number(1), 8, 'iterations of Slot Attention')
+    add('num_iterations', number(1), 12, 'iterations of Slot Attention')
     add('hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
     add('gradient', str, 'first_order',
         'backpropagate through all iterations (full) or the last one only (first_order)', ('full', 'first_order'))
     add('damping', number(0, kind=float), 1 / 32,
         "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
+    add('moves', number(0), 4, 'iterations after which a redundant slot is moved to the largest predicted error, '
+        "'fast' only")
+    add('drops', number(0), 4, "iterations after which a redundant slot is dropped, 'fast' only")
     group = parser.add_argument_group('optimisation')
     add('steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
     add('epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
@@ -522,20 +526,42 @@ class Stop:
             raise Interrupted(number)
 
 
-class ReconstructionLoss(nn.Module):
-    """Mean squared error of the reconstruction (paper Section 2.2), as one module to compile and to distribute."""
+class ReconstructionError(nn.Module):
+    """Squared error of the reconstruction (paper Section 2.2), as one module to compile and to distribute."""
 
     def __init__(self, model: SlotAttentionAutoEncoder):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels) -> Tensor:
-        """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> loss []."""
-        slots, _ = self.model.encode(images, slots)
+    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels, **reallocation) -> Tensor:
+        """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> mean over the channels [B, h, w]."""
+        slots, _ = self.model.encode(images, slots, **reallocation)
         rgbs, masks = decode_partial(self.model, slots, pixels)
         recons = (rgbs * masks).sum(dim=1)
         rows, columns = pixels
-        return F.mse_loss(recons.float(), images[:, :, rows][..., columns])
+        return F.mse_loss(recons.float(), images[:, :, rows][..., columns], reduction='none').mean(dim=1)
+
+
+class Loss:
+    """The training loss: MSE, and for a model that reallocates slots the loss of its heads."""
+
+    def __init__(self, model: SlotAttentionAutoEncoder, context: DistributedContext):
+        self.model, self.error = model, context.wrap(ReconstructionError(model))
+
+    def __call__(
+        self, images: Tensor, slots: Tensor, pixels: Pixels, rng: np.random.Generator, progress: float
+    ) -> tuple[Tensor, Tensor | float]:
+        """images [B, 3, H, W], initial slots [B, K, D], rows and columns, share of the run -> MSE [], heads' loss [].
+
+        The heads learn from the first step, but act only when they and the decoder have learned something.
+        """
+        config = self.model.config
+        if not config.moves and not config.drops:
+            return self.error(images, slots, pixels).mean(), 0.0
+        acting = dict(moves=config.moves * (progress >= MOVES_FROM), drops=config.drops * (progress >= DROPS_FROM))
+        trace = Trace()
+        error = self.error(images, slots, pixels, trace=trace, **acting)  # [B, h, w]
+        return error.mean(), reallocation_loss(self.model, images, error, trace, rng)
 
 
 class Run:
@@ -554,7 +580,7 @@ class Run:
                 pin_memory=context.device.type == 'cuda', rank=context.rank, world_size=context.world_size,
             )  # fmt: skip
         self.optimizers = create_optimizers(model, args.optimizer)
-        self.loss = context.wrap(ReconstructionLoss(model))
+        self.loss = Loss(model, context)
         progress = Progress()
         if checkpoint:
             progress = restore_training(self.optimizers, checkpoint['training'], args.resume)
@@ -594,11 +620,11 @@ def train_one_epoch(run: Run, epoch: int) -> None:
         leave=False, disable=context.rank > 0 or None,  # None: if the output is no terminal
     )  # fmt: skip
     for i, batch in enumerate(bar, first + 1):
-        images, slots, pixels = prepare_batch(run, batch)
+        images, slots, pixels, rng = prepare_batch(run, batch)
         with context.autocast():
-            loss = run.loss(images, slots, pixels)
+            loss, loss_of_heads = run.loss(images, slots, pixels, rng, progress.step / run.total_steps)
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + loss_of_heads).backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         loss = context.mean(loss.detach())
         # The flag by which torch's GradScaler makes a fused optimiser skip a step without a synchronisation.
@@ -621,8 +647,8 @@ def train_one_epoch(run: Run, epoch: int) -> None:
             save(run, 'last.pth')
 
 
-def prepare_batch(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Pixels]:
-    """Images [B, 3, H, W] and initial slots [B, K, D] on the device, and the pixels of the loss.
+def prepare_batch(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Pixels, np.random.Generator]:
+    """Images [B, 3, H, W] and initial slots [B, K, D] on the device, the pixels of the loss, and a generator.
 
     All that is random is a function of (seed, step), and the same for any number of processes.
     """
@@ -632,7 +658,7 @@ def prepare_batch(run: Run, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, P
         batch = flip(batch, context.shard(torch.from_numpy(rng.random(args.batch_size) < 0.5)))
     images = batch['image'].to(context.device, non_blocking=True)
     slots = run.model.slot_attention.initial_slots(args.batch_size, args.num_slots, context.generator(args.seed, step))
-    return images, context.shard(slots), choose_pixels(rng, args.resolution, args.pixel_stride, context.device)
+    return images, context.shard(slots), choose_pixels(rng, args.resolution, args.pixel_stride, context.device), rng
 
 
 def choose_pixels(rng: np.random.Generator, resolution: int, stride: int, device: torch.device) -> Pixels:
@@ -782,10 +808,10 @@ def evaluate(
             where = None if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
             values['network', 'consistency'] += adjusted_rand_index(found, again, where).tolist()
         if args.search:
-            slots, slot_mask = prune_and_reseed(model, images, initial, args.prune_threshold, num_iterations=T)
-            refined = refine(model, images, slots, slot_mask, args.refine_steps)
+            slots = prune_and_reseed(model, images, initial, args.prune_threshold, num_iterations=T)
+            refined = refine(model, images, slots, args.refine_steps)
             for row, found in (('+ prune', slots), ('+ refine', refined)):
-                rgbs, masks = decode_partial(model, found, slot_mask=slot_mask)
+                rgbs, masks = model.decode(found)
                 score(row, images, labels, (rgbs * masks).sum(1), masks)
 
     count = math.ceil(len(loader.dataset) / batch_size)

@@ -28,11 +28,10 @@ from slot_attention import (
     ConfigError,
     ModelConfig,
     SlotAttentionAutoEncoder,
-    decode_partial,
     prune_and_reseed,
     refine,
 )
-from train import MODEL_FLAGS, DistributedContext, ReconstructionLoss, choose_pixels, create_optimizers, parse_args
+from train import MODEL_FLAGS, DistributedContext, Loss, choose_pixels, create_optimizers, parse_args
 
 
 class Step:
@@ -56,7 +55,7 @@ class Step:
             group['lr'] = 1e-4
         stride = 1 if plain else args.pixel_stride
         self.pixels = choose_pixels(np.random.default_rng(0), args.resolution, stride, context.device)
-        self.loss = context.wrap(ReconstructionLoss(model))
+        self.loss, self.rng = Loss(model, context), np.random.default_rng(0)
         images = torch.rand(batch_size, 3, args.resolution, args.resolution, device=context.device) * 2 - 1
         layout = torch.contiguous_format if plain else torch.channels_last
         self.images = images.contiguous(memory_format=layout)
@@ -66,8 +65,8 @@ class Step:
 
     def __call__(self) -> None:
         with self.context.autocast():
-            loss = self.loss(self.images, self.initial_slots(), self.pixels)
-        loss.backward()
+            loss, loss_of_heads = self.loss(self.images, self.initial_slots(), self.pixels, self.rng, progress=1.0)
+        (loss + loss_of_heads).backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -81,9 +80,8 @@ class Step:
     def search(self) -> None:
         """prune_and_reseed, refine and decode, as --eval --search does."""
         with self.context.autocast():
-            slots, slot_mask = prune_and_reseed(self.model, self.images, self.initial_slots())
-            slots = refine(self.model, self.images, slots, slot_mask)
-            decode_partial(self.model, slots, slot_mask=slot_mask)
+            slots = prune_and_reseed(self.model, self.images, self.initial_slots())
+            self.model.decode(refine(self.model, self.images, slots))
 
     def flop(self) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -176,7 +174,7 @@ def inference_table(context: DistributedContext, repeats: int) -> None:
 def growth_table(context: DistributedContext, repeats: int) -> None:
     """Time of a step of `fast` as one thing at a time changes, relative to the default."""
     print(f'\n{"fast, one thing changed":24}{"ms/step":>10}{"relative":>10}')
-    grid = dict(num_slots=(4, 11), num_iterations=(1, 4, 16), resolution=(32, 128), batch_size=(4, 64))
+    grid = dict(num_slots=(4, 11), num_iterations=(14, 20), resolution=(32, 128), batch_size=(4, 64))
     cases = [{}] + [{name: value} for name, values in grid.items() for value in values]
     steps = [
         Step({k: v for k, v in case.items() if k != 'batch_size'}, case.get('batch_size', 16), context)

@@ -11,7 +11,8 @@ from slot_attention import load_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     '--resolution 16 --hidden_dim 8 --slot_dim 16 --num_slots 3 --max_objects 2 --min_objects 1 --train_size 48 '
-    '--val_size 16 --batch_size 8 --log_every 2 --val_every 1 --warmup_steps 4 --device cpu'
+    '--val_size 16 --batch_size 8 --log_every 2 --val_every 1 --warmup_steps 4 --device cpu '
+    '--num_iterations 6 --moves 1 --drops 1'
 ).split()
 
 

@@ -298,25 +298,29 @@ def test_configurations_that_make_no_model_are_refused(changes, message):
         ModelConfig(**changes)
 
 
+@pytest.mark.parametrize('scale', [0.3, 0.9])
 @pytest.mark.parametrize(('bfloat16', 'tolerance'), [(False, 1e-5), (True, 5e-3)])
-def test_the_implicit_decoder_is_a_network_per_pixel(bfloat16, tolerance):
+def test_the_implicit_decoder_is_a_network_per_pixel(bfloat16, tolerance, scale):
+    """Wide slots have half-planes in their colours, small ones colours that are quadratic in x and y."""
     decoder = ImplicitDecoder(resolution=10, slot_dim=6, hidden_dim=8)
     slots = torch.randn(2, 6)
-    slots[:, 2] = 0.3  # scales are positive
+    slots[:, 2] = scale
     with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
         image, units = decoder(slots).float(), decoder.UNITS
-    x, y, scale = slots[1, :3]
-    code = torch.cat([x[None], y[None], scale.log()[None], slots[1, 3:]])
-    inner, outer, colour = decoder.hyper(code).split([3 * units, units + 1, 15])
+    x, y = slots[1, :2]
+    code = torch.cat([x[None], y[None], slots[1, 2:3].log(), slots[1, 3:]])
+    inner, outer, colour = decoder.hyper(code).split([3 * units, 4 * (units + 1), 12])
     row, column = 7, 2
     position = torch.stack([(column + 0.5) / 5 - 1 - x, (row + 0.5) / 5 - 1 - y]) / scale
     u, v = position = 4 * torch.tanh(position / 4)
     hidden = torch.relu(inner.view(units, 3) @ torch.cat([position, torch.ones(1)]))
-    logit = outer[:-1] @ hidden / units**0.5 + outer[-1]
-    terms = torch.stack([torch.ones(()), u / 4, (u / 4) ** 2, v / 4, (v / 4) ** 2])
+    outer = outer.view(4, units + 1)
+    planes = outer[:, :-1] @ hidden / units**0.5
+    quadratic = colour.view(3, 4) @ torch.stack([u / 4, (u / 4) ** 2, v / 4, (v / 4) ** 2])
+    wide = torch.sigmoid(torch.tensor((scale - 0.4) / 0.04))
     assert image.shape == (2, 4, 10, 10)
-    assert torch.allclose(image[1, :3, row, column], colour.view(3, 5) @ terms, atol=tolerance)
-    assert torch.allclose(image[1, 3, row, column], logit, atol=tolerance)
+    assert torch.allclose(image[1, :3, row, column], outer[:3, -1] + wide * planes[:3] + quadratic, atol=tolerance)
+    assert torch.allclose(image[1, 3, row, column], outer[3, -1] + planes[3], atol=tolerance)
 
 
 def test_a_frame_is_the_place_and_the_size_of_what_a_slot_attends_to():

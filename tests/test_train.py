@@ -86,20 +86,22 @@ def test_the_compiled_step_is_the_plain_one(architecture):
     except train.ConfigError as error:
         pytest.skip(str(error))
     args = train.parse_args(['--architecture', architecture])
-    config = ModelConfig(architecture, 16, 3, 8, 2, 8, args.gradient, args.damping)
-    loss = train.ReconstructionLoss(SlotAttentionAutoEncoder(config))
-    wrapped, counts = context.wrap(loss), torch._dynamo.utils.counters['stats']
+    sizes = dict(resolution=16, num_slots=3, slot_dim=8, num_iterations=6, hidden_dim=8)
+    reallocation = dict(moves=1, drops=1) if architecture == 'fast' else {}
+    config = ModelConfig(architecture, gradient=args.gradient, damping=args.damping, **sizes, **reallocation)
+    model, counts = SlotAttentionAutoEncoder(config), torch._dynamo.utils.counters['stats']
+    losses = [train.Loss(model, train.DistributedContext.create('cpu', 'off')), train.Loss(model, context)]
     programs = counts['unique_graphs']
-    images, slots = torch.rand(2, 3, 16, 16), loss.model.slot_attention.initial_slots(2, 3).detach()
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        pixels = train.choose_pixels(rng, 16, args.pixel_stride, context.device)
+    images, slots = torch.rand(2, 3, 16, 16), model.slot_attention.initial_slots(2, 3).detach()
+    for step in range(3):
         results = []
-        for module in (loss, wrapped):
-            loss.zero_grad()
-            value = module(images, slots, pixels)
-            value.backward()
-            results.append([value, *(p.grad for p in loss.parameters() if p.grad is not None)])
+        for loss in losses:
+            rng = np.random.default_rng(step)
+            pixels = train.choose_pixels(rng, 16, args.pixel_stride, context.device)
+            model.zero_grad()
+            values = loss(images, slots, pixels, rng, 1.0)
+            sum(values).backward()
+            results.append([*map(torch.as_tensor, values), *(p.grad for p in model.parameters() if p.grad is not None)])
         for plain, compiled in zip(*results, strict=True):
             torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
     assert counts['unique_graphs'] == programs + 1  # other rows and columns need no other one
@@ -167,9 +169,9 @@ def test_eval_prints_a_table_and_may_use_other_slots_and_iterations(capsys):
     run(*SMALL, '--epochs', 1)
     before = Path('logs/checkpoints/last.pth').read_bytes()
     capsys.readouterr()
-    assert run('--eval', '--resume', 'logs', '--num_slots', 5, '--num_iterations', 4) == 0
+    assert run('--eval', '--resume', 'logs', '--num_slots', 5, '--num_iterations', 7) == 0
     printed = capsys.readouterr().out
-    assert '16 test images of shapes, 5 slots, 4 iterations' in printed
+    assert '16 test images of shapes, 5 slots, 7 iterations' in printed
     header, network = printed.splitlines()[-2:]
     assert header.split('  ')[-1] == 'consistency' and 'attn FG-ARI' in header
     assert network.startswith('network') and len(network.split()) == 8
@@ -191,8 +193,10 @@ def test_eval_with_search_prints_the_network_the_pruned_and_the_refined_slots(ca
     assert refined <= pruned and rows[2][1] != rows[1][1]  # one slot per image
 
 
-def test_the_length_of_a_run_may_be_given_in_steps(capsys):
+def test_the_length_of_a_run_may_be_given_in_steps(monkeypatch, capsys):
     """9 steps are one and a half epochs; the rest of the second one comes when the run is continued."""
+    monkeypatch.setattr(train, 'MOVES_FROM', 0)  # else they would depend on the planned length
+    monkeypatch.setattr(train, 'DROPS_FROM', 0)
     assert run(*SMALL, '--steps', 9, '--cooldown', 0) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('epoch')]
     assert len(lines) == 2
@@ -330,8 +334,8 @@ def test_the_gradient_reaches_every_parameter_in_bfloat16(architecture, gradient
     model = context.place(SlotAttentionAutoEncoder(ModelConfig(architecture, 16, 3, 16, 3, 8, gradient)))
     images = torch.rand(2, 3, 16, 16)
     with context.autocast():
-        loss = train.ReconstructionLoss(model)(images, torch.randn(2, 3, 16) + model.slot_attention.initial_slots(2, 3),
-                                               ALL_PIXELS)  # fmt: skip
+        slots = model.slot_attention.initial_slots(2, 3)
+        loss, _ = train.Loss(model, context)(images, slots, ALL_PIXELS, np.random.default_rng(0), 1.0)
     loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -343,7 +347,7 @@ def test_the_gradient_reaches_every_parameter_in_bfloat16(architecture, gradient
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--architecture', 'paper', '--resolution', 100], 'multiple of 16 above 64'),
+        (['--architecture', 'paper', '--moves', 0, '--drops', 0, '--resolution', 100], 'multiple of 16 above 64'),
         (['--resolution', 300], 'argument --resolution: must be at least 16 and at most 256'),
         (['--min_objects', 5, '--max_objects', 3], 'min_objects (5) and max_objects (3)'),
         (['--num_slots', 0], 'argument --num_slots: must be at least 1'),
@@ -457,6 +461,7 @@ def test_defaults_of_the_paper_are_table_11_and_tables_4_to_7():
         500_000, 64, 4e-4, 10_000, 100_000,
     )  # fmt: skip
     assert (large.num_iterations, large.gradient, large.optimizer, large.clip) == (3, 'full', 'adam', 0.0)
+    assert large.damping == large.moves == large.drops == 0
 
 
 # Diagnosis: masks made to show each of the ways in which slots go wrong
