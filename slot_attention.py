@@ -1036,6 +1036,8 @@ def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
 
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
 CHECKPOINT_FORMAT = 'slot-attention/2'
+# Trained weights that come with the repository, by the name of their data set.
+PRETRAINED = {path.stem: path for path in sorted((Path(__file__).parent / 'tests' / 'pretrained').glob('*.pth'))}
 
 
 class ConfigError(ValueError):

@@ -51,10 +51,10 @@ from dataset import (  # isort: skip
     flip, wrap_in_loader,
 )  # fmt: skip
 from slot_attention import (  # isort: skip
-    ALL_PIXELS, IGNORE_LABEL, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig, Pixels,
-    SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace, adjusted_rand_index, build_model,
-    contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed, reallocation_loss, refine,
-    save_checkpoint, segmentation, segmentation_scores,
+    ALL_PIXELS, IGNORE_LABEL, PRETRAINED, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig,
+    Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace, adjusted_rand_index,
+    build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed,
+    reallocation_loss, refine, save_checkpoint, segmentation, segmentation_scores,
 )  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
@@ -65,8 +65,8 @@ PAPER_RECIPE = dict(
 )  # fmt: skip
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
-    'resume', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp', 'compile',
-    'num_workers',
+    'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp',
+    'compile', 'num_workers',
 )  # fmt: skip
 FREE_ON_RESUME = (  # other saved flags must not contradict the checkpoint
     'data_dir', 'mask_dir', 'pixel_stride', 'steps', 'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps',
@@ -169,6 +169,8 @@ def create_parser() -> Parser:
     add('val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
     add('save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
     add('save_minutes', number(0, kind=float), 5.0, 'minutes between two writes of last.pth')
+    add('pretrained', str, None, 'with --eval: weights that come with the repository, by the name of their data '
+        'set', tuple(PRETRAINED))
     add('resume', Path, None,
         'checkpoint, or folder of a run, to continue or to score with --eval; auto: the newest in --log_dir. '
         'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')
@@ -208,7 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
     given = {name: value for name, value in vars(flags).items() if value is not None}  # on the command line
     parser.add_argument('-h', '--help', action='help', help='show this help message and exit')
-    path = given.get('resume')
+    path = given.get('resume', PRETRAINED.get(given.get('pretrained')))
     auto = path == Path('auto')
     try:
         if auto:
@@ -258,7 +260,9 @@ def checkpoint_defaults(path: Path, given: dict) -> dict:
 def check_combination(args: argparse.Namespace, given: dict) -> None:
     """Raises ConfigError for flags that need another one, or have no effect with another one."""
     if args.eval and args.resume is None:
-        raise ConfigError('--eval needs --resume PATH, the checkpoint to score')
+        raise ConfigError('--eval needs --resume PATH, the checkpoint to score, or --pretrained')
+    if args.pretrained and ('resume' in given or not args.eval):
+        raise ConfigError('--pretrained needs --eval, and excludes --resume')
     if not args.eval and bool(args.steps) == bool(args.epochs):
         raise ConfigError(f'--steps {args.steps} and --epochs {args.epochs}: one of them must be 0 and the other not')
     if args.pixel_stride > args.resolution:
@@ -996,7 +1000,7 @@ def load_flags(path: Path) -> dict:
     """The flags of the run that wrote a checkpoint. Raises CheckpointError if it was not written by a run."""
     checkpoint = load_checkpoint(path)
     if 'args' not in checkpoint['training']:
-        raise CheckpointError(f'{path} holds a model but no training state: it cannot be resumed or scored')
+        raise CheckpointError(f'{path} was not written by train.py: its data are unknown, so it cannot be scored')
     try:
         check_types(checkpoint['training']['args'], saved_flags(create_parser().parse_args([])))
     except Exception as error:
@@ -1017,6 +1021,8 @@ def check_types(values: dict, like: dict) -> None:
 
 def restore_training(optimizers: list[torch.optim.Optimizer], training: dict, path: Path) -> Progress:
     """Restores the states of the optimisers, and returns the progress. Raises CheckpointError."""
+    if 'optimizers' not in training:
+        raise CheckpointError(f'{path} holds no optimiser state: it can be scored and drawn, but not resumed')
     try:
         check_types(training['progress'], asdict(Progress()))
         progress = Progress(**training['progress'])

@@ -57,8 +57,8 @@ from torch import Tensor
 from dataset import DataError, Parser, create_dataset, find_pictures, open_picture, read_picture, to_batch
 from slot_attention import (
     IGNORE_LABEL,
+    PRETRAINED,
     CheckpointError,
-    ModelConfig,
     SlotAttentionAutoEncoder,
     adjusted_rand_index,
     build_model,
@@ -92,7 +92,6 @@ EDITS = {
     'swap': 'the largest objects of two images change places',
     'interpolate': 'the largest object turns into that of the next image',
 }
-UNTRAINED_DATA = dict(dataset_type='shapes')  # arguments of create_dataset(); a checkpoint has those of its data
 
 
 # --- Figures ---------------------------------------------------------------------------------
@@ -723,17 +722,18 @@ def remove_stale(paths: list[Path]) -> None:
 
 
 def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
-    """The model of a checkpoint file or the folder of a run; default: the newest file under --log_dir.
+    """The model of a checkpoint file or the folder of a run. Raises CheckpointError.
 
-    Without any file, the model is untrained. Raises CheckpointError.
+    Default: --pretrained, else the newest file under --log_dir, else the weights of shapes in PRETRAINED.
     """
+    path = path or PRETRAINED.get(args.pretrained)
     if path is None:
         path = max(args.log_dir.rglob('*.pth'), key=lambda file: file.stat().st_mtime, default=None)
     if path is None:
-        command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
-        print(f'no checkpoint under {args.log_dir}: rendering an UNTRAINED model ({command} trains one)')
-        torch.manual_seed(args.seed)
-        return Job(SlotAttentionAutoEncoder(ModelConfig()).eval(), UNTRAINED_DATA, 0, args)
+        if 'shapes' not in PRETRAINED:
+            raise CheckpointError(f'no checkpoint under {args.log_dir}; python train.py writes one')
+        path = PRETRAINED['shapes']
+        print(f'no checkpoint under {args.log_dir}: drawing the weights of shapes that come with the repository')
     path = next((file for file in (path / 'last.pth', path / 'checkpoints/last.pth') if file.is_file()), path)
     print(f'rendering {path}')
     checkpoint = load_checkpoint(path)
@@ -773,6 +773,7 @@ def create_parser() -> Parser:
     add(modes, 'training', 'training curves of all runs under --log_dir', action='store_true')
     group = parser.add_argument_group('input')
     add(group, 'checkpoint', 'file or folder of a run (default: the newest under --log_dir)', type=Path, metavar='PATH')
+    add(group, 'pretrained', 'weights that come with the repository, by the name of their data set', choices=PRETRAINED)
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
     add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
         'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')
@@ -794,8 +795,19 @@ UNUSED = {
     'gif': ('search', 'format'),
     'frames': ('image', 'data_dir', 'num_images', 'format'),
     'sweep': ('num_slots', 'num_iterations', 'search'),
-    'training': ('checkpoint', 'image', 'data_dir', 'num_images', 'num_slots', 'num_iterations', 'search', 'seed'),
-    'checkpoint': ('log_dir',),
+    'training': (
+        'checkpoint',
+        'pretrained',
+        'image',
+        'data_dir',
+        'num_images',
+        'num_slots',
+        'num_iterations',
+        'search',
+        'seed',
+    ),
+    'checkpoint': ('log_dir', 'pretrained'),
+    'pretrained': ('log_dir',),
     'image': ('data_dir', 'num_images'),
 }
 

@@ -20,19 +20,26 @@ from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_checkpoin
 LAST = Path('logs/checkpoints/last.pth')
 
 
+def reallocate_from_the_start(monkeypatch):
+    """Else it would depend on the planned length of a run, which tests change."""
+    monkeypatch.setattr(train, 'MOVES_FROM', 0)
+    monkeypatch.setattr(train, 'DROPS_FROM', 0)
+
+
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     monkeypatch.setattr(threading, 'excepthook', threading.excepthook)  # restored after each test
     monkeypatch.setattr(train, 'log_figures', lambda *args: None)  # most of the time, and not what is tested here
-    monkeypatch.setattr(train, 'MOVES_FROM', 0)  # else they would depend on the planned length, which tests change
-    monkeypatch.setattr(train, 'DROPS_FROM', 0)
+    reallocate_from_the_start(monkeypatch)
 
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
     """The folder of a run of two epochs that is never stopped."""
     folder = tmp_path_factory.mktemp('straight')
-    assert run(*SMALL, '--epochs', 2, '--log_dir', folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        reallocate_from_the_start(patch)
+        assert run(*SMALL, '--epochs', 2, '--log_dir', folder) == 0
     return folder
 
 

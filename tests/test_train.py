@@ -381,6 +381,7 @@ def test_mistakes_cost_one_line_and_nothing_is_written(capsys, flags, message):
         (['--clip', 'much'], "invalid float value: 'much'"),
         (['--eval'], '--eval needs --resume PATH'),
         (['--eval', '--resume', 'auto'], '--eval needs --resume PATH'),
+        (['--pretrained', 'none'], "argument --pretrained: invalid choice: 'none'"),
         (['--search'], '--search has no effect without --eval'),
         (['--refine_steps', 3], '--refine_steps has no effect without --search'),
         (['--dataset', 'mnist'], "invalid choice: 'mnist'"),
@@ -424,7 +425,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(capsy
 def test_a_model_without_training_state_is_not_resumed(capsys):
     save_checkpoint('model.pth', SlotAttentionAutoEncoder(ModelConfig(resolution=16, hidden_dim=8)))
     assert run('--resume', 'model.pth') == 2
-    assert 'holds a model but no training state' in capsys.readouterr().err
+    assert 'was not written by train.py' in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_version_is_named(capsys):

@@ -339,10 +339,16 @@ def test_the_newest_checkpoint_is_drawn(capsys):
     assert {Path(line).name for line in printed[1:]} == names
 
 
-def test_without_a_checkpoint_an_untrained_model_is_drawn_and_named_untrained(capsys):
-    assert run('--num_images', 1, '--output_dir', 'elsewhere') == 0
-    assert 'UNTRAINED' in capsys.readouterr().out
+def test_without_a_checkpoint_the_weights_of_the_repository_are_drawn(monkeypatch, capsys):
+    for flags in ((), ('--pretrained', 'shapes')):
+        assert run('--num_images', 1, '--output_dir', 'elsewhere', *flags) == 0
+        printed = capsys.readouterr().out
+        assert 'rendering' in printed and 'tests/pretrained/shapes.pth' in printed
+        assert ('no checkpoint under logs' in printed) == (not flags)
     assert Path('elsewhere/slots.png').is_file()
+    monkeypatch.setattr(visualize, 'PRETRAINED', {})
+    assert run('--num_images', 1) == 2
+    assert 'no checkpoint under logs; python train.py writes one' in capsys.readouterr().err
 
 
 def test_edits_and_sweeps_of_a_checkpoint(capsys):
