@@ -16,6 +16,8 @@ from slot_attention import build_model, load_checkpoint, save_checkpoint
 def export(source: str, target: str) -> None:
     checkpoint = load_checkpoint(source)
     training = {name: checkpoint['training'][name] for name in ('args', 'data', 'fingerprint')}
+    for arguments in (training['args'], training['data']):
+        arguments['data_dir'] = 'data'  # not that of the machine it was trained on
     training['progress'] = {'step': checkpoint['training']['progress']['step']}
     save_checkpoint(target, build_model(checkpoint, source).half(), **training)
     print(f'{target}: {Path(target).stat().st_size / 1e6:.2f} MB')
