@@ -719,8 +719,14 @@ def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
     return window / (window.amax(dim=1, keepdim=True) + 1e-12)
 
 
-# What a slot must be worth to be needed, see try_without(): shares of the variance of the image and of its error.
-WORTH_OF_VARIANCE, WORTH_OF_ERROR, NEEDED_WEIGHT = 0.003, 0.05, 1.5
+# A slot is needed if the MSE of its image rises by more than these shares of its variance and of its MSE without it.
+SHARE_OF_VARIANCE, SHARE_OF_ERROR = 0.003, 0.05
+NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead: losing an object is worse than keeping a duplicate
+
+
+def rise_allowed(images: Tensor, error: Tensor, share: float = SHARE_OF_VARIANCE) -> Tensor:
+    """By how much the MSE [B] of images [B, 3, H, W] may rise without a slot that is not needed: [B]."""
+    return share * images.var(dim=(2, 3)).mean(dim=1) + SHARE_OF_ERROR * error
 
 
 def reallocation_loss(
@@ -740,7 +746,7 @@ def reallocation_loss(
     slots, attn, slot_mask, chosen, needed = try_without(model, images, trace, rng)
     logits = attention.keep_head(slots, attn, slot_mask).gather(1, chosen[:, None]).squeeze(1)  # [n]
     terms = F.binary_cross_entropy_with_logits(logits, needed.float(), reduction='none')
-    terms = terms * (1.0 + needed * (NEEDED_WEIGHT - 1)) * (slot_mask.sum(dim=1) > 1)  # losing an object is worse
+    terms = terms * (1.0 + needed * (NEEDED_WEIGHT - 1)) * (slot_mask.sum(dim=1) > 1)
     return loss + 0.1 * terms.mean()
 
 
@@ -753,7 +759,7 @@ def try_without(
 
     From a random state of the forward pass a few slots are dropped one after the other, as later in the pass, then
     one more: the one that KeepHead needs least, or any. The others get one iteration to take over. The slot is needed
-    if the error rises by WORTH_OF_VARIANCE of the variance of the image plus WORTH_OF_ERROR of the error.
+    if the error rises by more than rise_allowed().
     """
     attention = model.slot_attention
     half = slice(int(rng.integers(2)), None, 2)
@@ -774,8 +780,7 @@ def try_without(
     target = images[:, :, rows, columns]
     error = ((rgbs * masks).sum(dim=1).float() - torch.cat([target, target])).square().mean(dim=(1, 2, 3))
     before, after = error.chunk(2)  # [n] each
-    worth = WORTH_OF_VARIANCE * images.var(dim=(2, 3)).mean(dim=1) + WORTH_OF_ERROR * before
-    return slots, attn, slot_mask, chosen, after - before > worth
+    return slots, attn, slot_mask, chosen, after - before > rise_allowed(images, before)
 
 
 class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
@@ -860,7 +865,7 @@ def prune_and_reseed(
     model: SlotAttentionAutoEncoder,
     images: Tensor,
     slots: Tensor,
-    prune_threshold: float = 1e-3,
+    prune_threshold: float = SHARE_OF_VARIANCE,
     num_reseeds: int = 2,
     num_iterations: int | None = None,
 ) -> Tensor:
@@ -868,7 +873,7 @@ def prune_and_reseed(
 
     images           [B, 3, H, W] in [-1, 1]
     slots            [B, K, D] initial slots, as in model(images, slots=slots)
-    prune_threshold  change of the image's MSE (images in [-1, 1]) that justifies a slot
+    prune_threshold  share of the image's variance that a slot must explain, see rise_allowed()
     num_reseeds      how many absent slots are tried
     num_iterations   as in model(images)
 
@@ -877,9 +882,9 @@ def prune_and_reseed(
     likelihood does in split-and-merge EM (Ueda et al. 2000).
 
     1. Each slot in turn, the one with the least attention first, is removed, and the others get one iteration
-       to take over. It returns where the error rises by `prune_threshold` or more.
-    2. An absent slot is placed where the error is largest. It stays where the error falls by `prune_threshold`
-       or more after all iterations.
+       to take over. It returns where the error rises by more than is allowed.
+    2. An absent slot is placed where the error is largest. It stays where the error falls by as much after all
+       iterations.
 
     Returns slots [B, K, D] to decode, of which absent ones have the scale 0. Raises ConfigError for the 'paper'
     architecture, whose slots have no frame.
@@ -904,14 +909,16 @@ def prune_and_reseed(
     best = attempt(slots, None, num_iterations, moves=attention.moves, drops=attention.drops)
     for weakest in best.attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
         trial = attempt(best.slots, best.slot_mask.scatter(1, weakest[:, None], False), num_iterations=1)
-        best = select(trial.error < best.error + prune_threshold, trial, best)
+        allowed = rise_allowed(images, best.error, prune_threshold)
+        best = select(trial.error < best.error + allowed, trial, best)
     for _ in range(num_reseeds):
         absent = ~best.slot_mask
         reseeded = absent & (absent.cumsum(dim=1) == 1)  # [B, K], the first absent slot
         placed = attention.update(slots, best.worst[:, None].expand_as(best.attn), v)
         placed = torch.where(reseeded[:, :, None], placed, best.slots)
         trial = attempt(placed, best.slot_mask | reseeded, num_iterations)
-        best = select(reseeded.any(dim=1) & (trial.error <= best.error - prune_threshold), trial, best)
+        allowed = rise_allowed(images, best.error, prune_threshold)
+        best = select(reseeded.any(dim=1) & (trial.error <= best.error - allowed), trial, best)
     return best.glimpsed
 
 

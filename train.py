@@ -51,10 +51,10 @@ from dataset import (  # isort: skip
     flip, wrap_in_loader,
 )  # fmt: skip
 from slot_attention import (  # isort: skip
-    ALL_PIXELS, IGNORE_LABEL, PRETRAINED, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig,
-    Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace, adjusted_rand_index,
-    build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, prune_and_reseed,
-    reallocation_loss, refine, save_checkpoint, segmentation, segmentation_scores,
+    ALL_PIXELS, IGNORE_LABEL, PRETRAINED, SHARE_OF_VARIANCE, AcceleratedBroadcastDecoder, CheckpointError,
+    ConfigError, ModelConfig, Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace,
+    adjusted_rand_index, build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint,
+    prune_and_reseed, reallocation_loss, refine, save_checkpoint, segmentation, segmentation_scores,
 )  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
@@ -178,8 +178,8 @@ def create_parser() -> Parser:
     add_switch('eval', 'score --resume on the test images and exit')
     add_switch('search', 'with --eval: also score slots that are pruned and reseeded, then refined, by '
         'the reconstruction error of each test image')
-    add('prune_threshold', number(0, kind=float), 1e-3, 'with --search: change of the MSE of an image in '
-        '[-1, 1] that justifies a slot')
+    add('prune_threshold', number(0, kind=float), SHARE_OF_VARIANCE, 'with --search: share of the variance of an image '
+        'that a slot must explain')
     add('refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
     group = parser.add_argument_group('system')
     add('device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))

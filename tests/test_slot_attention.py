@@ -33,6 +33,7 @@ from slot_attention import (
     reallocation_loss,
     reconstruction_error,
     refine,
+    rise_allowed,
     save_checkpoint,
     segmentation_scores,
     try_without,
@@ -692,6 +693,22 @@ def test_a_slot_is_needed_if_the_error_rises_without_it(monkeypatch):
 # Search
 
 
+@pytest.fixture
+def absolute_threshold(monkeypatch):
+    """prune_threshold is the rise of the MSE that is allowed, whatever the images and their error."""
+    monkeypatch.setattr(slot_attention, 'rise_allowed', lambda images, error, share: torch.full_like(error, share))
+
+
+def test_what_a_slot_must_be_worth_scales_with_the_image_and_its_error():
+    images, error = torch.randn(3, 3, 16, 16), torch.rand(3)
+    allowed = rise_allowed(images, error, 0.01)
+    assert torch.allclose(rise_allowed(2 * images, 4 * error, 0.01), 4 * allowed)
+    assert torch.allclose(rise_allowed(images + 1, error, 0.01), allowed)
+    by_hand = 0.01 * images[1].flatten(1).var(dim=1).mean() + 0.05 * error[1]
+    assert allowed[1] == pytest.approx(by_hand.item())
+
+
+@pytest.mark.usefixtures('absolute_threshold')
 def test_slots_that_do_not_lower_the_error_are_pruned(monkeypatch):
     """The error is replaced by one that each present slot lowers by a known amount."""
     model, images, start = small_model(), torch.rand(3, 3, 16, 16), torch.randn(3, 5, 16)
@@ -712,6 +729,7 @@ def test_slots_that_do_not_lower_the_error_are_pruned(monkeypatch):
     assert slot_mask[0].tolist() == [True, strongest[0] == 1, True, strongest[0] == 3, True]
 
 
+@pytest.mark.usefixtures('absolute_threshold')
 def test_pruning_raises_the_error_by_less_than_the_threshold():
     model, images, start = small_model(num_slots=6), torch.randn(4, 3, 16, 16), torch.randn(4, 6, 16)
     every_slot_costs_too_much = prune_and_reseed(model, images, start, 10.0)
@@ -723,6 +741,7 @@ def test_pruning_raises_the_error_by_less_than_the_threshold():
     assert (after <= before + 1e-4 * (slots[..., 2] <= 0).sum(dim=1)).all()
 
 
+@pytest.mark.usefixtures('absolute_threshold')
 def test_an_absent_slot_is_tried_where_the_error_is_largest(monkeypatch):
     """Each of three slots is worth 0.2, but only after the first two were removed."""
     model, images, start = small_model(), torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16)
