@@ -11,15 +11,19 @@ The order of the images is a function of (seed, epoch), the noise of the slots o
 learning rate of the step: a resumed run continues as if it had never stopped.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: (print('interrupted', file=sys.stderr), os._exit(130)))
+
 import argparse
 import contextlib
 import itertools
 import math
-import os
 import shlex
 import shutil
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -1175,4 +1179,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(parse_args()))

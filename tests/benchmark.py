@@ -14,6 +14,7 @@ import dataclasses
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from slot_attention import (
     refine,
 )
 from train import MODEL_FLAGS, DistributedContext, Loss, choose_pixels, create_optimizers, parse_args
+from visualize import visualize_slots
 
 
 class Step:
@@ -171,6 +173,18 @@ def inference_table(context: DistributedContext, repeats: int) -> None:
     print(f'{"network":24}{network:10.0f}\n{"with search":24}{search:10.0f}')
 
 
+def figures_table() -> None:
+    """Seconds to draw a sheet of 8 images of 64x64 with 7 slots."""
+    images, masks = torch.rand(8, 3, 64, 64) * 2 - 1, torch.rand(8, 7, 1, 64, 64).softmax(dim=1)
+    times = []
+    for _ in range(3):  # the first call searches for fonts
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            visualize_slots(images, images, masks, Path(folder) / 'slots.png')
+        times.append(time.perf_counter() - start)
+    print(f'\nfigure of 8 images, 7 slots: {min(times):.2f} s')
+
+
 def growth_table(context: DistributedContext, repeats: int) -> None:
     """Time of a step of `fast` as one thing at a time changes, relative to the default."""
     print(f'\n{"fast, one thing changed":24}{"ms/step":>10}{"relative":>10}')
@@ -203,6 +217,7 @@ def main() -> None:
     loaders_table(rates)
     eager = dataclasses.replace(context, compiled=False)
     inference_table(eager, args.repeats)
+    figures_table()
     growth_table(eager, args.repeats)
     print(f'\n{time.perf_counter() - start:.0f} s')
 

@@ -94,6 +94,13 @@ def test_a_run_stopped_anywhere_continues_there(monkeypatch, capsys, straight, l
     assert_same_run(straight, 'stopped')
 
 
+def test_ctrl_c_during_the_imports_is_one_line():
+    """A module that is imported first interrupts the script."""
+    Path('argparse.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n')
+    process = script('--epochs', 1, env=os.environ | {'PYTHONPATH': str(Path.cwd())})
+    assert (process.returncode, process.stderr) == (130, 'interrupted\n')
+
+
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(number, status):
     command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--epochs', '1000']
@@ -132,6 +139,21 @@ def test_the_batch_size_may_change_on_the_way(monkeypatch, capsys):
     assert load_checkpoint(LAST)['training']['progress']['step'] == 7 + 10 + 12  # 40 images of 48 were left
     rates = scalars('logs', 'train/lr')
     assert min(rates.values()) > 0 and rates[29] == min(rates[step] for step in range(8, 30))
+
+
+def test_the_flags_of_logging_travel_with_the_checkpoint():
+    run(*SMALL, '--epochs', 1, '--save_every', 1, '--log_every', 3, '--save_minutes', 7)
+    args = train.parse_args(['--resume', str(LAST)])
+    assert (args.save_every, args.log_every, args.save_minutes, args.log_dir) == (1, 3, 7.0, Path('logs'))
+
+
+def test_the_best_model_is_named_only_where_there_is_one(monkeypatch, capsys):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(train, 'evaluate', lambda *a, **k: {'network': {'fg_ari': next(scores), 'mse': 0.1}})
+    assert run(*SMALL, '--epochs', 1, '--log_dir', 'one') == 0
+    assert 'best validation FG-ARI 0.9000: one/checkpoints/best_model.pth' in capsys.readouterr().out
+    assert run('--resume', 'one', '--epochs', 2, '--log_dir', 'more') == 0
+    assert 'best validation' not in capsys.readouterr().out
 
 
 # --resume auto

@@ -8,7 +8,6 @@ import resource
 import runpy
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -170,14 +169,6 @@ def test_text_of_vector_files_is_text():
     assert '>reconstruction</text>' in Path('slots.svg').read_text()
     visualize_slots(images, recons, masks, 'slots.pdf')
     assert Path('slots.pdf').read_bytes().startswith(b'%PDF')
-
-
-def test_eight_images_are_rendered_within_two_seconds():
-    images, recons, masks, _, rgbs, labels = scene(8, 7, 64)
-    visualize_slots(images[:1], recons[:1], masks[:1], 'first.png')  # the first call searches for fonts
-    start = time.process_time()
-    visualize_slots(images, recons, masks, 'slots.png', rgbs, labels)
-    assert time.process_time() - start < 2
 
 
 def test_figures_leave_no_memory_behind():
