@@ -25,6 +25,7 @@ import colorsys
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -36,7 +37,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -376,7 +377,6 @@ def crop_clevr(path: Path) -> np.ndarray:
     if image.size != (320, 240):  # such as the 480x320 of CLEVR_v1.0
         image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
     left = (image.width - (rows.stop - rows.start)) // 2
-    require(left >= 0, f'{path} is too narrow for the crop of clevr6: its width must be at least 0.8 times its height')
     return np.asarray(image)[rows, left : left + rows.stop - rows.start]
 
 
@@ -645,6 +645,35 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
     raise DataError(f'{url}: {reason} after {done:,.1f} MB; run the same command again to continue from there')
 
 
+class FileForHDF5(io.FileIO):
+    """Keeps the first error of writing instead of raising it: HDF5 would print it many times and crash at exit."""
+
+    error: OSError | None = None
+
+    def write(self, data) -> int:
+        left = memoryview(data).cast('B')
+        try:
+            while len(left) and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+    def flush(self) -> None:
+        """Nothing is buffered; h5py calls it."""
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
 def prepare(
     dataset: str, data_dir: str | os.PathLike, resolution: int, max_objects: int = 6, variant: str = VARIANTS[0],
     limit: int | None = None, url: str | None = None, fetch: bool = True, output_dir: str | os.PathLike | None = None,
@@ -675,16 +704,16 @@ def prepare(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, raw)
-        with h5py.File(part, 'w') as file:
-            file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
-            file.attrs['window'] = str(source.window)
-            seen = write_scenes(file, scenes, resolution, max_objects, limit)
-            if raw.is_file():
-                ends = np.cumsum(SHARES) * (seen if limit is None else count_records(raw, source))
-                file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
-            file.flush()
-        with open(part, 'rb') as file:
-            os.fsync(file.fileno())
+        with FileForHDF5(part, 'w+') as output:
+            with h5py.File(output, 'w') as file:
+                file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
+                file.attrs['window'] = str(source.window)
+                seen = write_scenes(file, scenes, resolution, max_objects, limit, check=output.raise_error)
+                if raw.is_file():
+                    ends = np.cumsum(SHARES) * (seen if limit is None else count_records(raw, source))
+                    file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
+            output.raise_error()
+            os.fsync(output.fileno())
         os.replace(part, path)
     except OSError as error:  # the text of h5py has many lines
         reason = f'{path} cannot be written: the folder is read-only or the disk is full'
@@ -713,8 +742,13 @@ def count_records(path: Path, source: Published) -> int:
     return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
 
 
-def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
-    """Writes the arrays described in prepare(). Returns the number of scenes read. Raises DataError if none is kept."""
+def write_scenes(
+    file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None, check: Callable[[], None]
+) -> int:
+    """Writes the arrays described in prepare(). Returns the number of scenes read. Raises DataError if none is kept.
+
+    `check` is called after every 64 scenes, and may raise.
+    """
     seen = 0
 
     def within_max_objects() -> Iterator[Scene]:
@@ -743,6 +777,7 @@ def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_object
                 )  # fmt: skip
             file[name].resize(len(file[name]) + len(array), axis=0)
             file[name][-len(array) :] = array
+        check()
     require('image' in file, f'none of {seen} scenes has at most {max_objects} objects')
     file.attrs['scenes_read'] = seen
     return seen

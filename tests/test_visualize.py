@@ -255,6 +255,7 @@ def small_model(**changes):
 def test_removing_a_slot_changes_only_its_own_pixels(architecture):
     model = small_model(architecture=architecture)
     slots = torch.randn(1, 4, 16)
+    slots[..., 2] = 0.5  # scales are positive
     rgbs, masks = model.decode(slots)
     before = (rgbs * masks).sum(1)[0]
     for k in range(4):
@@ -279,6 +280,7 @@ def test_largest_objects_leave_the_background_out():
 def test_edits_show_before_the_slot_and_after():
     model = small_model()
     slots = torch.randn(2, 4, 16)
+    slots[..., 2] = 0.5  # scales are positive
     for edit, columns in (('remove', 3), ('copy', 4), ('swap', 6), ('interpolate', 8)):
         panels = visualize.visualize_edit(model, slots, edit, f'{edit}.png').axes[0].images
         assert len(panels) == 2 * columns and Path(f'{edit}.png').is_file()
@@ -642,8 +644,8 @@ def test_a_message_names_the_source_and_the_remedy(capsys, flags, parts):
 
 
 def test_a_command_to_train_quotes_its_folder(capsys):
-    assert run('--log_dir', 'my logs', '--num_images', 1) == 0
-    assert "python train.py --log_dir 'my logs'" in capsys.readouterr().out
+    assert run('--log_dir', 'my logs', '--training') == 2
+    assert "python train.py --log_dir 'my logs'" in capsys.readouterr().err
 
 
 class Interrupting(ModuleType):
