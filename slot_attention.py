@@ -9,7 +9,7 @@
 Implements Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
 called "the paper" below. The file has five parts:
 
-    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is ReconstructionLoss in train.py);
+    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is in ReconstructionError in train.py);
                          tests/test_reference.py compares it with the authors' code
     2. The fast variant  FramedSlotAttention, KeepHead, ErrorHead, Glimpse, ImplicitDecoder: learns in minutes
     3. Search            prune_and_reseed, refine: improve the slots of one image at test time
