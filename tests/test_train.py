@@ -242,7 +242,7 @@ def test_a_new_run_moves_the_earlier_one_aside(capsys):
     assert Path('logs/run_2').exists() and not Path('logs/run_3').exists()
     assert 'the earlier run in logs is now in logs/run_2' in capsys.readouterr().out
     before = Path('logs/checkpoints/last.pth').read_bytes()
-    assert run('--resume', 'logs/run_1/checkpoints/last.pth', '--epochs', 2) == 0  # goes on where it lies
+    assert run('--resume', 'logs/run_1/checkpoints/last.pth', '--epochs', 2) == 0  # continues in its own folder
     assert Path('logs/checkpoints/last.pth').read_bytes() == before
 
 
