@@ -425,7 +425,8 @@ class FramedSlotAttention(SlotAttention):
     reallocation   Two slots may share an object while another slot holds two. After each of `moves` iterations
                    from the fourth on, the slot that KeepHead needs least, if it is redundant, is moved to where
                    ErrorHead predicts the largest error. After each of the last `drops` iterations but one it is
-                   dropped, one slot at a time, so that another can take over. See reallocation_loss().
+                   dropped, one slot at a time, so that another can take over; with more slots than in training
+                   it is so after as many more iterations. See reallocation_loss().
     glimpse        After the last iteration each slot reads the features around it, see Glimpse.
     """
 
@@ -530,8 +531,9 @@ class FramedSlotAttention(SlotAttention):
 
         moves, drops  0: record the state for the training of the heads, but change nothing
         """
-        dropping = T - 1 - self.drops <= t < T - 1
-        moving = 3 <= t < 3 + self.moves and not dropping
+        extra = max(slots.shape[1] - self.num_slots, 0) if self.drops else 0
+        moving = 3 <= t < 3 + self.moves
+        dropping = T - 1 - self.drops - extra <= t < T - 1 and not moving
         if not (moving or dropping):
             return slots, slot_mask
         if trace is not None:
@@ -720,7 +722,7 @@ def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
 
 
 # A slot is needed if the MSE of its image rises by more than these shares of its variance and of its MSE without it.
-SHARE_OF_VARIANCE, SHARE_OF_ERROR = 0.003, 0.05
+SHARE_OF_VARIANCE, SHARE_OF_ERROR = 0.01, 0.05
 NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead: losing an object is worse than keeping a duplicate
 
 

@@ -1,6 +1,6 @@
 """Trains a Slot Attention autoencoder, scores it, logs to TensorBoard and writes checkpoints.
 
-    python train.py                                              # shapes, 64x64, 7 slots
+    python train.py                                              # shapes, 64x64, up to 6 objects
     python train.py --epochs 4                                   # a first look, in minutes
     python train.py --architecture paper --dataset tetrominoes   # the paper's model and schedule
     python train.py --resume auto                                # continue the last run
@@ -64,9 +64,11 @@ from visualize import visualize_attention_evolution, visualize_slots
 
 # What --architecture paper changes of the flags' defaults: Table 11.
 PAPER_RECIPE = dict(
-    num_iterations=3, gradient='full', damping=0.0, moves=0, drops=0, optimizer='adam', pixel_stride=1,
+    num_iterations=3, gradient='full', damping=0.0, moves=0, drops=0, optimizer='adam', mixture=0.0, pixel_stride=1,
     steps=500_000, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
 )  # fmt: skip
+SPARE_SLOTS = 4  # of the fast architecture: with them two objects less often share a slot
+STEPS = {'multi_dsprites': 10_000, 'clevr6': 8_000}  # of the fast architecture, where not 5,000
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
     'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp',
@@ -74,7 +76,7 @@ NOT_SAVED = (
 )  # fmt: skip
 FREE_ON_RESUME = (  # other saved flags must not contradict the checkpoint
     'data_dir', 'mask_dir', 'pixel_stride', 'steps', 'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps',
-    'cooldown', 'clip', 'log_every', 'val_every', 'save_every', 'save_minutes',
+    'cooldown', 'clip', 'mixture', 'log_every', 'val_every', 'save_every', 'save_minutes',
 )  # fmt: skip
 FREE_IN_EVAL = ('data_dir', 'mask_dir', 'num_slots', 'num_iterations', 'val_size', 'max_objects')
 SCORES = {
@@ -93,7 +95,7 @@ DIAGNOSES = {
 REPORT_AFTER = 3  # a diagnosis is printed when this many consecutive validations agree
 MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
-MOVES_FROM, DROPS_FROM = 0.2, 0.8  # shares of the run, see Loss
+MOVES_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
 VAL_STEPS = 500  # least steps between two validations, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
@@ -144,9 +146,10 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('model')
     add('architecture', str, 'fast',
         'paper: Locatello et al. 2020, Tables 4-7; fast: a variant that learns in minutes on a CPU', ('fast', 'paper'))
-    add('num_slots', number(1), 7, 'number of slots: at least one per object and one for the background')
+    add('num_slots', number(1), 7 + SPARE_SLOTS,
+        'number of slots: at least one per object and one for the background; spare ones are dropped again')
     add('slot_dim', number(1), 64, 'size of a slot')
-    add('num_iterations', number(1), 12, 'iterations of Slot Attention')
+    add('num_iterations', number(1), 20, 'iterations of Slot Attention')
     add('hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
     add('gradient', str, 'first_order',
         'backpropagate through all iterations (full) or the last one only (first_order)', ('full', 'first_order'))
@@ -154,7 +157,7 @@ def create_parser() -> Parser:
         "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
     add('moves', number(0), 4, 'iterations after which a redundant slot is moved to the largest predicted error, '
         "'fast' only")
-    add('drops', number(0), 4, "iterations after which a redundant slot is dropped, 'fast' only")
+    add('drops', number(0), 8, "iterations after which a redundant slot is dropped, 'fast' only")
     group = parser.add_argument_group('optimisation')
     add('steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
     add('epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
@@ -165,6 +168,8 @@ def create_parser() -> Parser:
     add('cooldown', number(0, 1, float), 0.5, 'share of the run, at its end, in which the rate falls to 0')
     add('clip', number(0, kind=float), 1.0, 'largest gradient norm; 0: no clipping')
     add('optimizer', str, 'muon', 'adam, or muon: Muon for the matrices and Adam for the rest', ('adam', 'muon'))
+    add('mixture', number(0, kind=float), 0.5,
+        'weight in the loss of the variance of the slots\' colours at a pixel, from the middle of the run on')
     add('pixel_stride', number(1), 2, 'compute the loss on every N-th row and column, at random offsets')
     add('seed', number(0), 0, 'seed of the weights, the order of the images and the noise of the slots')
     group = parser.add_argument_group('logging')
@@ -240,8 +245,9 @@ def recipe_defaults(given: dict, defaults: dict) -> dict:
     """Defaults of a new run that differ with the architecture or the data set."""
     flags = defaults | given
     resolution, num_slots = SIZES[flags['dataset']]
-    recipe = dict(resolution=resolution, num_slots=num_slots)
+    recipe = dict(resolution=resolution, num_slots=num_slots + SPARE_SLOTS, steps=STEPS.get(flags['dataset'], 5000))
     if flags['architecture'] == 'paper':
+        recipe['num_slots'] = num_slots
         recipe |= PAPER_RECIPE | dict(hidden_dim=64 if given.get('resolution', resolution) > 64 else 32)  # Tables 4-7
     return recipe
 
@@ -535,41 +541,61 @@ class Stop:
 
 
 class ReconstructionError(nn.Module):
-    """Squared error of the reconstruction (paper Section 2.2), as one module to compile and to distribute."""
+    """Squared error of the reconstruction (paper Section 2.2), as one module to compile and to distribute.
+
+    And an addition: the variance of the slots' colours at a pixel, weighted by the masks. The sum of both is the mean
+    error of the slots, where the first alone is the error of their mean; see Loss.
+    """
 
     def __init__(self, model: SlotAttentionAutoEncoder):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels, **reallocation) -> Tensor:
-        """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> mean over the channels [B, h, w]."""
-        slots, _ = self.model.encode(images, slots, **reallocation)
+    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels, **iterations) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> error and variance [B, h, w].
+
+        Both are means over the channels. `iterations` are further arguments of the Slot Attention module.
+        """
+        slots, _ = self.model.encode(images, slots, **iterations)
         rgbs, masks = decode_partial(self.model, slots, pixels)
         recons = (rgbs * masks).sum(dim=1)
         rows, columns = pixels
-        return F.mse_loss(recons.float(), images[:, :, rows][..., columns], reduction='none').mean(dim=1)
+        error = F.mse_loss(recons.float(), images[:, :, rows][..., columns], reduction='none').mean(dim=1)
+        variance = (masks * (rgbs - recons[:, None]).square()).sum(dim=1).float().mean(dim=1)
+        return error, variance
 
 
 class Loss:
-    """The training loss: MSE, and for a model that reallocates slots the loss of its heads."""
+    """The training loss: MSE, `mixture` times the variance of the slots' colours, and the loss of the heads.
 
-    def __init__(self, model: SlotAttentionAutoEncoder, context: DistributedContext):
-        self.model, self.error = model, context.wrap(ReconstructionError(model))
+    With the MSE alone two slots may draw an object half-transparently, or one slot and the background, as well as one
+    can. A mixture of 1 would be the mean error of the slots, the likelihood of a mixture model as in N-EM (Greff et
+    al. 2017, arXiv 1708.03498) and IODINE (Greff et al. 2019, arXiv 1903.00450). It makes slots specialise, but from
+    the first step on one of them wins everything, so its weight rises from 0 while the run passes MIXTURE_FROM.
+    """
+
+    def __init__(self, model: SlotAttentionAutoEncoder, context: DistributedContext, mixture: float = 0.0):
+        self.model, self.mixture, self.error = model, mixture, context.wrap(ReconstructionError(model))
 
     def __call__(
         self, images: Tensor, slots: Tensor, pixels: Pixels, rng: np.random.Generator, progress: float
     ) -> tuple[Tensor, Tensor | float]:
-        """images [B, 3, H, W], initial slots [B, K, D], rows and columns, share of the run -> MSE [], heads' loss [].
+        """images [B, 3, H, W], initial slots [B, K, D], rows and columns, share of the run -> MSE [], the rest [].
 
-        The heads learn from the first step, but act only when they and the decoder have learned something.
+        The heads learn from the first step. Moves begin when they and the decoder have learned something. Drops never
+        act in training, where the decoder would learn to draw two objects with the slot that is left. Without moves
+        and drops their iterations are left out: more iterations delay the first steps of learning.
         """
-        config = self.model.config
+        config, (begin, end) = self.model.config, MIXTURE_FROM
+        weight = self.mixture * min(max((progress - begin) / (end - begin), 0.0), 1.0)
         if not config.moves and not config.drops:
-            return self.error(images, slots, pixels).mean(), 0.0
-        acting = dict(moves=config.moves * (progress >= MOVES_FROM), drops=config.drops * (progress >= DROPS_FROM))
+            error, variance = self.error(images, slots, pixels)
+            return error.mean(), weight * variance.mean()
+        moves = config.moves if progress >= MOVES_FROM else 0
+        iterations = dict(num_iterations=config.num_iterations - config.moves - config.drops + moves, moves=moves, drops=0)
         trace = Trace()
-        error = self.error(images, slots, pixels, trace=trace, **acting)  # [B, h, w]
-        return error.mean(), reallocation_loss(self.model, images, error, trace, rng)
+        error, variance = self.error(images, slots, pixels, trace=trace, **iterations)
+        return error.mean(), weight * variance.mean() + reallocation_loss(self.model, images, error, trace, rng)
 
 
 class Run:
@@ -588,7 +614,7 @@ class Run:
                 pin_memory=context.device.type == 'cuda', rank=context.rank, world_size=context.world_size,
             )  # fmt: skip
         self.optimizers = create_optimizers(model, args.optimizer)
-        self.loss = Loss(model, context)
+        self.loss = Loss(model, context, args.mixture)
         progress = Progress()
         if checkpoint:
             progress = restore_training(self.optimizers, checkpoint['training'], args.resume)
@@ -630,9 +656,9 @@ def train_one_epoch(run: Run, epoch: int) -> None:
     for i, batch in enumerate(bar, first + 1):
         images, slots, pixels, rng = prepare_batch(run, batch)
         with context.autocast():
-            loss, loss_of_heads = run.loss(images, slots, pixels, rng, progress.step / run.total_steps)
+            loss, rest = run.loss(images, slots, pixels, rng, progress.step / run.total_steps)
         model.zero_grad(set_to_none=True)
-        (loss + loss_of_heads).backward()
+        (loss + rest).backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         loss = context.mean(loss.detach())
         # The flag by which torch's GradScaler makes a fused optimiser skip a step without a synchronisation.
@@ -1132,7 +1158,7 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
         if run.total_steps <= args.warmup_steps:
             context.print0(
                 f'warning: {run.total_steps} steps are not more than the {args.warmup_steps} of the warm-up: the run '
-                'will learn little; set --steps (default: 5000) or --warmup_steps'
+                'will learn little; raise --steps or lower --warmup_steps'
             )
         if args.compile:
             context.print0('compiling the training step: the first one takes a minute or more')

@@ -57,7 +57,7 @@ class Step:
             group['lr'] = 1e-4
         stride = 1 if plain else args.pixel_stride
         self.pixels = choose_pixels(np.random.default_rng(0), args.resolution, stride, context.device)
-        self.loss, self.rng = Loss(model, context), np.random.default_rng(0)
+        self.loss, self.rng = Loss(model, context, args.mixture), np.random.default_rng(0)
         images = torch.rand(batch_size, 3, args.resolution, args.resolution, device=context.device) * 2 - 1
         layout = torch.contiguous_format if plain else torch.channels_last
         self.images = images.contiguous(memory_format=layout)
@@ -67,8 +67,8 @@ class Step:
 
     def __call__(self) -> None:
         with self.context.autocast():
-            loss, loss_of_heads = self.loss(self.images, self.initial_slots(), self.pixels, self.rng, progress=1.0)
-        (loss + loss_of_heads).backward()
+            loss, rest = self.loss(self.images, self.initial_slots(), self.pixels, self.rng, progress=1.0)
+        (loss + rest).backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)

@@ -20,17 +20,17 @@ from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_checkpoin
 LAST = Path('logs/checkpoints/last.pth')
 
 
-def reallocate_from_the_start(monkeypatch):
+def all_of_the_loss_from_the_start(monkeypatch):
     """Else it would depend on the planned length of a run, which tests change."""
     monkeypatch.setattr(train, 'MOVES_FROM', 0)
-    monkeypatch.setattr(train, 'DROPS_FROM', 0)
+    monkeypatch.setattr(train, 'MIXTURE_FROM', (-1, 0))
 
 
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     monkeypatch.setattr(threading, 'excepthook', threading.excepthook)  # restored after each test
     monkeypatch.setattr(train, 'log_figures', lambda *args: None)  # most of the time, and not what is tested here
-    reallocate_from_the_start(monkeypatch)
+    all_of_the_loss_from_the_start(monkeypatch)
 
 
 @pytest.fixture(scope='module')

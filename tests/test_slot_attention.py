@@ -623,6 +623,14 @@ def test_redundant_slots_are_dropped_one_at_a_time_the_least_needed_first(monkey
     assert torch.equal(early_masks.amax((2, 3, 4)) > 0, masks.amax((2, 3, 4)) > 0)
 
 
+def test_with_more_slots_than_in_training_as_many_more_are_dropped(monkeypatch):
+    model, images = reallocating_model(num_iterations=12), torch.rand(2, 3, 16, 16)
+    for K, left in ((4, 2), (5, 3), (8, 3), (11, 6)):  # 2 + (K - 5) drops, at most 5 after the moves
+        decide(monkeypatch, model.slot_attention, torch.full((K,), -1.0))
+        slots = model(images, num_slots=K).slots
+        assert (slots[..., 2] > 0).sum(1).tolist() == [left, left], K
+
+
 def test_needed_slots_and_the_last_one_stay(monkeypatch):
     model, images = reallocating_model(moves=0), torch.rand(2, 3, 16, 16)
     decide(monkeypatch, model.slot_attention, torch.full((5,), 0.1))

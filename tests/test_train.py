@@ -195,8 +195,8 @@ def test_eval_with_search_prints_the_network_the_pruned_and_the_refined_slots(ca
 
 def test_the_length_of_a_run_may_be_given_in_steps(monkeypatch, capsys):
     """9 steps are one and a half epochs; the rest of the second one comes when the run is continued."""
-    monkeypatch.setattr(train, 'MOVES_FROM', 0)  # else they would depend on the planned length
-    monkeypatch.setattr(train, 'DROPS_FROM', 0)
+    monkeypatch.setattr(train, 'MOVES_FROM', 0)  # else both would depend on the planned length
+    monkeypatch.setattr(train, 'MIXTURE_FROM', (-1, 0))
     assert run(*SMALL, '--steps', 9, '--cooldown', 0) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('epoch')]
     assert len(lines) == 2
@@ -320,6 +320,36 @@ def test_the_best_model_has_the_best_score_and_ties_go_to_the_lower_mse(monkeypa
     assert run(*SMALL, '--epochs', 5) == 0
     best = load_checkpoint('logs/checkpoints/best_model.pth')['training']['progress']
     assert best['best'] == [0.6, -0.2] and best['epochs'] == 3
+
+
+def test_error_and_variance_of_the_slots_are_together_their_mean_error():
+    model, images = SlotAttentionAutoEncoder(ModelConfig('fast', 16, 3, 16, 3, 8)), torch.rand(2, 3, 16, 16)
+    slots = model.slot_attention.initial_slots(2, 3).detach()
+    pixels = (slice(1, None, 2), slice(None, None, 2))
+    error, variance = train.ReconstructionError(model)(images, slots, pixels)
+    recons, masks, found, _ = model(images, slots=slots)
+    rgbs, _ = model.decode(found)
+    assert torch.allclose(error, (recons - images).square().mean(1)[:, 1::2, ::2], atol=1e-6)
+    of_slots = (masks * (rgbs - images[:, None]).square()).sum(1).mean(1)[:, 1::2, ::2]
+    assert torch.allclose(error + variance, of_slots, atol=1e-6)
+
+
+def test_the_mixture_and_the_iterations_of_the_heads_join_the_run_later(monkeypatch):
+    """The variance is 1 everywhere, and the heads have no loss."""
+    context = train.DistributedContext.create('cpu', 'off')
+    config = ModelConfig('fast', 16, 3, 16, 9, 8, 'first_order', moves=3, drops=2)
+    loss, seen = train.Loss(SlotAttentionAutoEncoder(config), context, mixture=0.5), []
+
+    def error(images, slots, pixels, **iterations):
+        seen.append({name: iterations[name] for name in ('num_iterations', 'moves', 'drops')})
+        return torch.zeros(2, 8, 8), torch.ones(2, 8, 8)
+
+    monkeypatch.setattr(loss, 'error', error)
+    monkeypatch.setattr(train, 'reallocation_loss', lambda *_: 0.0)
+    rest = [float(loss(None, None, None, None, progress)[1]) for progress in (0.0, 0.2, 0.5, 0.8)]
+    assert rest == pytest.approx([0.0, 0.0, 0.25, 0.5])
+    expected = [(4, 0, 0), (7, 3, 0), (7, 3, 0), (7, 3, 0)]
+    assert [tuple(iterations.values()) for iterations in seen] == expected
 
 
 def test_bfloat16_autocast_trains(capsys):
