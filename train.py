@@ -95,7 +95,7 @@ DIAGNOSES = {
 REPORT_AFTER = 3  # a diagnosis is printed when this many consecutive validations agree
 MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
-MOVES_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
+HEADS_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
 VAL_STEPS = 500  # least steps between two validations, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
@@ -582,18 +582,20 @@ class Loss:
     ) -> tuple[Tensor, Tensor | float]:
         """images [B, 3, H, W], initial slots [B, K, D], rows and columns, share of the run -> MSE [], the rest [].
 
-        The heads learn from the first step. Moves begin when they and the decoder have learned something. Drops never
-        act in training, where the decoder would learn to draw two objects with the slot that is left. Without moves
-        and drops their iterations are left out: more iterations delay the first steps of learning.
+        The heads learn from the first step, and act from HEADS_FROM of the run on: moves in every step, drops in half of
+        the steps. With drops in every step the decoder learns to draw two objects with the slot that is left, with
+        none to share an object among the spare slots. Iterations for what does not act are left out: more iterations
+        delay the first steps of learning.
         """
         config, (begin, end) = self.model.config, MIXTURE_FROM
         weight = self.mixture * min(max((progress - begin) / (end - begin), 0.0), 1.0)
         if not config.moves and not config.drops:
             error, variance = self.error(images, slots, pixels)
             return error.mean(), weight * variance.mean()
-        moves = config.moves if progress >= MOVES_FROM else 0
-        iterations = dict(num_iterations=config.num_iterations - config.moves - config.drops + moves, moves=moves, drops=0)
-        trace = Trace()
+        moves = config.moves if progress >= HEADS_FROM else 0
+        drops = config.drops if progress >= HEADS_FROM and rng.random() < 0.5 else 0
+        num_iterations = config.num_iterations - config.moves - config.drops + moves + drops
+        iterations, trace = dict(num_iterations=num_iterations, moves=moves, drops=drops), Trace()
         error, variance = self.error(images, slots, pixels, trace=trace, **iterations)
         return error.mean(), weight * variance.mean() + reallocation_loss(self.model, images, error, trace, rng)
 

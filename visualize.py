@@ -82,6 +82,7 @@ STYLE = {
 }  # fmt: skip
 EMPTY = 0.002  # a slot is empty if its mask is the largest in a smaller share of the image
 ERROR_SCALE = 4  # errors are multiplied by this to be visible
+MAX_ROWS = 10  # iterations in a figure of the attention
 PANEL_PIXELS = 128  # approximate side of a panel in the saved file
 FORMATS = ('png', 'svg', 'pdf')
 CREATOR = 'Slot Attention visualize.py'  # in the metadata of the figures
@@ -99,7 +100,7 @@ EDITS = {
 
 def visualize_slots(
     images: Tensor, recons: Tensor, masks: Tensor, save_path: SavePath = None, rgbs: Tensor | None = None,
-    labels: Tensor | None = None, title: str | None = None,
+    labels: Tensor | None = None, title: str | None = None, empty_slots: bool = False,
 ) -> Figure:  # fmt: skip
     """One row per image: input, reconstruction, error, segmentation, and each slot with its share of the image.
 
@@ -107,6 +108,7 @@ def visualize_slots(
     masks           [B, K, 1, H, W]
     rgbs            [B, K, 3, H, W], colours of each slot (from model.decode); default: the reconstruction's
     labels          [B, H, W], true labels; adds the FG-ARI of each image and its mean
+    empty_slots     draw slots without pixels too, so that figures of any masks have the same size
 
     A slot's panel shows its colours times its mask on white. Raises ValueError for other shapes.
     """
@@ -118,7 +120,8 @@ def visualize_slots(
     for image, recon, mask, rgb in zip(images, recons, masks, rgbs, strict=True):
         titles = ('', '', '', '') if rows else ('input', 'reconstruction', 'error', 'segmentation')
         pixels = (_pixels(image), _pixels(recon), _error(image, recon), _overlay(image, mask))
-        rows.append([*map(Panel, pixels, titles), *_slot_panels(_alone(rgb, mask), mask)])
+        slots = [panel for panel in _slot_panels(_alone(rgb, mask), mask) if empty_slots or not panel.dim]
+        rows.append([*map(Panel, pixels, titles), *slots])
     if labels is not None:
         scores = fg_ari(labels.cpu(), masks.detach().cpu())  # NaN for images without labelled objects
         notes = ['' if score.isnan() else f'FG-ARI\n{score:.2f}' for score in scores]
@@ -133,20 +136,22 @@ def visualize_attention_evolution(
 ) -> Figure:
     """One row per iteration: the strongest slot at each position, and the attention of each slot, for one image.
 
+    Of more than MAX_ROWS iterations as many are drawn, from the first to the last.
+
     attn    [B, T, K, h, w] (or [T, K, h, w]), attention on the encoder's grid
     images  [B, 3, H, W]; drawn, darkened, below the attention
     index   which image of the batch
 
     A position in a slot's full colour is assigned to this slot alone. Each row gives the mean entropy over the
-    slots, divided by log K, and the ARI with the previous iteration. Raises ValueError for other shapes.
+    slots, divided by log K, and the ARI with the row above. Raises ValueError for other shapes.
     """
-    attn, rows = _attention_rows(attn, images, index)
+    drawn, attn, rows = _attention_rows(attn, images, index, MAX_ROWS)
     entropy = torch.special.entr(attn).sum(1).mean((1, 2)) / np.log(max(attn.shape[1], 2))
     found = segmentation(attn)
-    notes = [f'iteration {t + 1}\nentropy {entropy[t]:.2f}' for t in range(len(attn))]
+    notes = [f'iteration {t + 1}\nentropy {value:.2f}' for t, value in zip(drawn, entropy, strict=True)]
     for t in range(1, len(attn)):
         notes[t] += f'\nARI {adjusted_rand_index(found[t - 1 : t], found[t : t + 1]).item():.2f}'
-    title = 'attention of the network (ARI: with the previous iteration)'
+    title = 'attention of the network (ARI: with the row above)'
     return _sheet(_titles_once(rows), notes, title, save_path)
 
 
@@ -242,7 +247,7 @@ def visualize_sweep(table: list[dict[str, float]], save_path: SavePath = None) -
 
 def animate_attention(attn: Tensor, images: Tensor, save_path: str | os.PathLike, index: int = 0) -> None:
     """Writes a GIF with one frame per iteration; arguments as in visualize_attention_evolution()."""
-    _, rows = _attention_rows(attn, images, index)
+    *_, rows = _attention_rows(attn, images, index)
     save_gif([_sheet([row], None, f'iteration {t}') for t, row in enumerate(rows, 1)], save_path)
 
 
@@ -470,14 +475,18 @@ def _overlay(image: Tensor, masks: Tensor, scale: int = 4) -> np.ndarray:
     return grey + tint[:, :, None] * (slot_colours(masks)[labels] - grey)
 
 
-def _attention_rows(attn: Tensor, images: Tensor | None, index: int) -> tuple[Tensor, list[list[Panel]]]:
-    """The attention of one image, [T, K, H, W], enlarged to the image if there is one, and a row per iteration.
+def _attention_rows(
+    attn: Tensor, images: Tensor | None, index: int, most: int = 1000
+) -> tuple[np.ndarray, Tensor, list[list[Panel]]]:
+    """At most so many iterations T of an image: their indices, attention [T, K, H, W], and a row for each.
 
-    A row has the strongest slot and each slot's attention, in the order and colours of the last iteration.
+    The attention is enlarged to the image if there is one. A row has the strongest slot and each slot's attention, in
+    the order and colours of the last iteration.
     """
     attn = attn[None] if attn.ndim == 4 else attn
     _check(5, attn=attn)
-    attn, ground = attn[index].detach().float().cpu(), np.zeros((1, 1, 1))
+    drawn = np.unique(np.linspace(0, attn.shape[1] - 1, min(most, attn.shape[1])).round().astype(int))
+    attn, ground = attn[index, drawn].detach().float().cpu(), np.zeros((1, 1, 1))
     if images is not None:
         _check(4, images=images)
         attn = F.interpolate(attn, images.shape[2:], mode='bilinear')
@@ -486,7 +495,7 @@ def _attention_rows(attn: Tensor, images: Tensor | None, index: int) -> tuple[Te
     for maps, found in zip(attn.numpy(), segmentation(attn).numpy(), strict=True):
         heat = ground + maps[..., None] * (colours[:, None, None] - ground)  # [K, H, W, 3]
         rows.append([Panel(colours[found], 'strongest'), *(Panel(heat[k], f'slot {k + 1}', colours[k]) for k in order)])
-    return attn, rows
+    return drawn, attn, rows
 
 
 def _titles_once(rows: list[list[Panel]]) -> list[list[Panel]]:
@@ -696,13 +705,14 @@ def draw_sequence(frames: Iterable[tuple[Job, dict[str, Tensor], str]]) -> list[
         if previous is not None:
             masks, rgbs = reorder_slots(previous, masks, rgbs)
         previous = masks
-        figures.append(visualize_slots(batch['image'], recons, masks, None, rgbs, batch.get('mask'), title))
+        labels = batch.get('mask')
+        figures.append(visualize_slots(batch['image'], recons, masks, None, rgbs, labels, title, empty_slots=True))
     return figures
 
 
 def render_sweep(job: Job) -> None:
     num_slots = range(2, job.model.config.num_slots + 5)
-    table = sweep(job.model, job.load_batch(), num_slots, (1, 2, 3, 5, 8, 12, 16), job.args.seed)
+    table = sweep(job.model, job.load_batch(), num_slots, (1, 2, 3, 5, 8, 12, 16, 20), job.args.seed)
     with open(job.path('sweep.csv'), 'w', newline='') as file:
         writer = csv.DictWriter(file, table[0].keys())
         writer.writeheader()

@@ -22,7 +22,7 @@ LAST = Path('logs/checkpoints/last.pth')
 
 def all_of_the_loss_from_the_start(monkeypatch):
     """Else it would depend on the planned length of a run, which tests change."""
-    monkeypatch.setattr(train, 'MOVES_FROM', 0)
+    monkeypatch.setattr(train, 'HEADS_FROM', 0)
     monkeypatch.setattr(train, 'MIXTURE_FROM', (-1, 0))
 
 
@@ -38,7 +38,7 @@ def straight(tmp_path_factory):
     """The folder of a run of two epochs that is never stopped."""
     folder = tmp_path_factory.mktemp('straight')
     with pytest.MonkeyPatch.context() as patch:
-        reallocate_from_the_start(patch)
+        all_of_the_loss_from_the_start(patch)
         assert run(*SMALL, '--epochs', 2, '--log_dir', folder) == 0
     return folder
 

@@ -98,12 +98,12 @@ def test_a_slot_has_the_same_colour_everywhere_and_no_other_has_it():
     assert np.allclose(tinted[20:28, 20:28], 0.35 * grey[20:28, 20:28] + 0.65 * colours[2])  # within
     assert np.allclose(tinted[16, 16:32], colours[2])  # the outline
     assert np.allclose(tinted[:15], grey[:15])  # the background
-    (panels,) = visualize._attention_rows(masks[None, :, :, 0], None, 0)[1]
+    (panels,) = visualize._attention_rows(masks[None, :, :, 0], None, 0)[2]
     assert [panel.title for panel in panels] == ['strongest', 'slot 2', 'slot 3', 'slot 4', 'slot 1']
     assert np.array_equal(panels[2].colour, colours[2]) and np.allclose(panels[2].pixels[5, 5], colours[2])
 
 
-def test_the_background_is_last_and_empty_slots_are_dimmed():
+def test_the_background_is_last_and_empty_slots_are_dimmed_or_left_out():
     labels = torch.ones(1, 16, 16, dtype=torch.long)
     labels[0, :4, :4] = 3
     images, recons, *_ = scene(1)
@@ -111,8 +111,9 @@ def test_the_background_is_last_and_empty_slots_are_dimmed():
     panels = visualize._slot_panels(visualize._alone(recons.expand(4, -1, -1, -1), masks[0]), masks[0])
     assert [panel.title for panel in panels] == ['1 empty', '3 empty', '4: 6.2 %', '2: 93.8 %']
     assert [panel.dim for panel in panels] == [True, True, False, False]
-    alphas = [drawn.get_alpha() for drawn in visualize_slots(images, recons, masks).axes[0].images]
-    assert alphas == [1, 1, 1, 1, 0.35, 0.35, 1, 1]
+    figures = [visualize_slots(images, recons, masks, empty_slots=empty) for empty in (True, False)]
+    alphas = [[drawn.get_alpha() for drawn in figure.axes[0].images] for figure in figures]
+    assert alphas == [[1, 1, 1, 1, 0.35, 0.35, 1, 1], [1, 1, 1, 1, 1, 1]]
 
 
 def test_the_last_running_sum_is_the_reconstruction():
@@ -140,6 +141,12 @@ def test_the_error_is_dark_where_the_picture_is_right():
     wrong[:, 3, 3] = 1
     bright = visualize._error(right, wrong).sum(2) > 1
     assert bright[3, 3] and bright.sum() == 1
+
+
+def test_of_many_iterations_ten_are_drawn_from_the_first_to_the_last():
+    texts = texts_of(visualize_attention_evolution(torch.rand(1, 20, 3, 8, 8).softmax(2)))
+    shown = [int(text.split()[1]) for text in texts if text.startswith('iteration')]
+    assert len(shown) == 10 and shown == sorted(shown) and (shown[0], shown[-1]) == (1, 20)
 
 
 def test_each_iteration_shows_its_entropy_and_its_ari_with_the_previous_one():
@@ -384,7 +391,7 @@ def test_search_draws_the_slots_that_remain_and_says_so(monkeypatch, capsys):
     assert torch.equal(slots[0], found[0][slot_mask[0]])
     assert masks[~slot_mask].max() == 0 and torch.allclose(recons, (rgbs * masks).sum(1))
     titles = []
-    monkeypatch.setattr(visualize, 'visualize_slots', lambda *args: titles.append(args[-1]))
+    monkeypatch.setattr(visualize, 'visualize_slots', lambda *args, **_: titles.append(args[-1]))
     assert visualize.main(args) == 0 and titles == ['searched slots']
     assert run('--edit', '--search', '--num_images', 2) == 2
     assert 'remove needs at least 2 slots' in capsys.readouterr().err
