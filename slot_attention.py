@@ -431,6 +431,7 @@ class FramedSlotAttention(SlotAttention):
     """
 
     MIN_SCALE = 0.05
+    REDUNDANT = 1.0  # logit of KeepHead below which a slot is not needed; with 0 more objects are split
 
     def __init__(
         self, input_dim: int, grid_size: int, *args, damping: float = 0.0, moves: int = 0, drops: int = 0, **kwargs
@@ -546,10 +547,10 @@ class FramedSlotAttention(SlotAttention):
         worst = around_maximum(self.predicted_error(inputs, slots, attn, slot_mask, k).exp(), self.grid)  # [B, N]
         return torch.where(chosen[:, :, None], self.update(slots, worst[:, None].expand_as(attn), v), slots), slot_mask
 
-    def redundant_slot(self, slots: Tensor, attn: Tensor, slot_mask: Tensor, threshold: float = 0.0) -> Tensor:
-        """The least needed slot of each image, if its logit is below the threshold and others exist: bool [B, K]."""
+    def redundant_slot(self, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
+        """The least needed slot of each image, if its logit is below REDUNDANT and others exist: bool [B, K]."""
         logit, index = self.keep_head(slots, attn, slot_mask).min(dim=1)  # [B] each
-        redundant = (logit < threshold) & (slot_mask.sum(dim=1) > 1)  # [B]
+        redundant = (logit < self.REDUNDANT) & (slot_mask.sum(dim=1) > 1)  # [B]
         return F.one_hot(index, slots.shape[1]).bool() & redundant[:, None]
 
     def predicted_error(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor, k: Tensor) -> Tensor:
@@ -769,7 +770,7 @@ def try_without(
     images, slots, attn, slot_mask, inputs, k, v = (x[half] for x in (images, *state, trace.inputs, trace.k, trace.v))
     n, K = slots.shape[:2]
     for _ in range(int(rng.integers(1 + attention.drops))):
-        slot_mask = slot_mask & ~attention.redundant_slot(slots, attn, slot_mask, threshold=1.0)
+        slot_mask = slot_mask & ~attention.redundant_slot(slots, attn, slot_mask)
         slots, attn = attention.step(slots, k, v, slot_mask)
     draw = torch.from_numpy(rng.random((n, K + 1))).to(slots)
     any_slot = (draw[:, :K] * slot_mask).argmax(dim=1)  # [n]

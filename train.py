@@ -68,7 +68,7 @@ PAPER_RECIPE = dict(
     steps=500_000, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
 )  # fmt: skip
 SPARE_SLOTS = 4  # of the fast architecture: with them two objects less often share a slot
-STEPS = {'multi_dsprites': 10_000, 'clevr6': 8_000}  # of the fast architecture, where not 5,000
+STEPS = {'multi_dsprites': 10_000, 'clevr6': 6_000}  # of the fast architecture, where not 5,000
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
     'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp',
@@ -96,6 +96,7 @@ REPORT_AFTER = 3  # a diagnosis is printed when this many consecutive validation
 MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
 HEADS_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
+SHARE_OF_DROPS = 0.25  # share of the steps with drops, see Loss
 VAL_STEPS = 500  # least steps between two validations, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
@@ -582,10 +583,10 @@ class Loss:
     ) -> tuple[Tensor, Tensor | float]:
         """images [B, 3, H, W], initial slots [B, K, D], rows and columns, share of the run -> MSE [], the rest [].
 
-        The heads learn from the first step, and act from HEADS_FROM of the run on: moves in every step, drops in half of
-        the steps. With drops in every step the decoder learns to draw two objects with the slot that is left, with
-        none to share an object among the spare slots. Iterations for what does not act are left out: more iterations
-        delay the first steps of learning.
+        The heads learn from the first step, and act from HEADS_FROM of the run on: moves in every step, drops in a
+        quarter of them. With drops in every step the decoder learns to draw two objects with the slot that is left,
+        with none to share an object among the spare slots. Iterations for what does not act are left out: more
+        iterations delay the first steps of learning.
         """
         config, (begin, end) = self.model.config, MIXTURE_FROM
         weight = self.mixture * min(max((progress - begin) / (end - begin), 0.0), 1.0)
@@ -593,7 +594,7 @@ class Loss:
             error, variance = self.error(images, slots, pixels)
             return error.mean(), weight * variance.mean()
         moves = config.moves if progress >= HEADS_FROM else 0
-        drops = config.drops if progress >= HEADS_FROM and rng.random() < 0.5 else 0
+        drops = config.drops if progress >= HEADS_FROM and rng.random() < SHARE_OF_DROPS else 0
         num_iterations = config.num_iterations - config.moves - config.drops + moves + drops
         iterations, trace = dict(num_iterations=num_iterations, moves=moves, drops=drops), Trace()
         error, variance = self.error(images, slots, pixels, trace=trace, **iterations)

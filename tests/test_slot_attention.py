@@ -633,7 +633,7 @@ def test_with_more_slots_than_in_training_as_many_more_are_dropped(monkeypatch):
 
 def test_needed_slots_and_the_last_one_stay(monkeypatch):
     model, images = reallocating_model(moves=0), torch.rand(2, 3, 16, 16)
-    decide(monkeypatch, model.slot_attention, torch.full((5,), 0.1))
+    decide(monkeypatch, model.slot_attention, torch.full((5,), model.slot_attention.REDUNDANT + 0.1))
     assert (model(images).slots[..., 2] > 0).all()
     decide(monkeypatch, model.slot_attention, torch.full((1,), -1.0))
     assert (model(images, num_slots=1).slots[..., 2] > 0).all()

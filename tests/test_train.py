@@ -351,7 +351,7 @@ def test_the_mixture_and_the_iterations_of_the_heads_join_the_run_later(monkeypa
     assert rest == pytest.approx([0.0, 0.0, 0.25, 0.5])
     assert seen[0] == dict(num_iterations=4, moves=0, drops=0)
     seen.clear()
-    for _ in range(40):
+    for _ in range(80):
         loss(None, None, None, rng, 0.2)
     with_drops, without = dict(num_iterations=9, moves=3, drops=2), dict(num_iterations=7, moves=3, drops=0)
     assert all(iterations in (with_drops, without) for iterations in seen) and 10 < seen.count(with_drops) < 30
