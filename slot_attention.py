@@ -431,7 +431,7 @@ class FramedSlotAttention(SlotAttention):
     """
 
     MIN_SCALE = 0.05
-    REDUNDANT = 1.0  # logit of KeepHead below which a slot is not needed; with 0 more objects are split
+    REDUNDANT = 1.0  # logit of KeepHead below which a slot goes: needed with a probability of 0.64, see NEEDED_WEIGHT
 
     def __init__(
         self, input_dim: int, grid_size: int, *args, damping: float = 0.0, moves: int = 0, drops: int = 0, **kwargs
@@ -724,7 +724,7 @@ def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
 
 # A slot is needed if the MSE of its image rises by more than these shares of its variance and of its MSE without it.
 SHARE_OF_VARIANCE, SHARE_OF_ERROR = 0.01, 0.05
-NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead: losing an object is worse than keeping a duplicate
+NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead, which raises its logits by log 1.5
 
 
 def rise_allowed(images: Tensor, error: Tensor, share: float = SHARE_OF_VARIANCE) -> Tensor:
