@@ -544,20 +544,20 @@ class Stop:
 class ReconstructionError(nn.Module):
     """Squared error of the reconstruction (paper Section 2.2), as one module to compile and to distribute.
 
-    And an addition: the variance of the slots' colours at a pixel, weighted by the masks. The sum of both is the mean
-    error of the slots, where the first alone is the error of their mean; see Loss.
+    An addition beside it is the variance of the slots' colours at a pixel, weighted by the masks. The error is that of
+    the slots' mean; error and variance together are the mean of the slots' errors. See Loss.
     """
 
     def __init__(self, model: SlotAttentionAutoEncoder):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels, **iterations) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels, **kwargs) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> error and variance [B, h, w].
 
-        Both are means over the channels. `iterations` are further arguments of the Slot Attention module.
+        Both are means over the channels. `kwargs` are further arguments of the model's encode().
         """
-        slots, _ = self.model.encode(images, slots, **iterations)
+        slots, _ = self.model.encode(images, slots, **kwargs)
         rgbs, masks = decode_partial(self.model, slots, pixels)
         recons = (rgbs * masks).sum(dim=1)
         rows, columns = pixels
@@ -595,9 +595,11 @@ class Loss:
             return error.mean(), weight * variance.mean()
         moves = config.moves if progress >= HEADS_FROM else 0
         drops = config.drops if progress >= HEADS_FROM and rng.random() < SHARE_OF_DROPS else 0
-        num_iterations = config.num_iterations - config.moves - config.drops + moves + drops
-        iterations, trace = dict(num_iterations=num_iterations, moves=moves, drops=drops), Trace()
-        error, variance = self.error(images, slots, pixels, trace=trace, **iterations)
+        iterations = config.num_iterations - config.moves - config.drops + moves + drops
+        trace = Trace()
+        error, variance = self.error(
+            images, slots, pixels, num_iterations=iterations, moves=moves, drops=drops, trace=trace
+        )
         return error.mean(), weight * variance.mean() + reallocation_loss(self.model, images, error, trace, rng)
 
 

@@ -145,7 +145,9 @@ def visualize_attention_evolution(
     A position in a slot's full colour is assigned to this slot alone. Each row gives the mean entropy over the
     slots, divided by log K, and the ARI with the row above. Raises ValueError for other shapes.
     """
-    drawn, attn, rows = _attention_rows(attn, images, index, MAX_ROWS)
+    attn, rows = _attention_rows(attn, images, index)
+    drawn = np.unique(np.linspace(0, len(rows) - 1, MAX_ROWS).round().astype(int))
+    attn, rows = attn[drawn], [rows[t] for t in drawn]
     entropy = torch.special.entr(attn).sum(1).mean((1, 2)) / np.log(max(attn.shape[1], 2))
     found = segmentation(attn)
     notes = [f'iteration {t + 1}\nentropy {value:.2f}' for t, value in zip(drawn, entropy, strict=True)]
@@ -247,7 +249,7 @@ def visualize_sweep(table: list[dict[str, float]], save_path: SavePath = None) -
 
 def animate_attention(attn: Tensor, images: Tensor, save_path: str | os.PathLike, index: int = 0) -> None:
     """Writes a GIF with one frame per iteration; arguments as in visualize_attention_evolution()."""
-    *_, rows = _attention_rows(attn, images, index)
+    _, rows = _attention_rows(attn, images, index)
     save_gif([_sheet([row], None, f'iteration {t}') for t, row in enumerate(rows, 1)], save_path)
 
 
@@ -475,18 +477,14 @@ def _overlay(image: Tensor, masks: Tensor, scale: int = 4) -> np.ndarray:
     return grey + tint[:, :, None] * (slot_colours(masks)[labels] - grey)
 
 
-def _attention_rows(
-    attn: Tensor, images: Tensor | None, index: int, most: int = 1000
-) -> tuple[np.ndarray, Tensor, list[list[Panel]]]:
-    """At most so many iterations T of an image: their indices, attention [T, K, H, W], and a row for each.
+def _attention_rows(attn: Tensor, images: Tensor | None, index: int) -> tuple[Tensor, list[list[Panel]]]:
+    """The attention of one image, [T, K, H, W], enlarged to the image if there is one, and a row per iteration.
 
-    The attention is enlarged to the image if there is one. A row has the strongest slot and each slot's attention, in
-    the order and colours of the last iteration.
+    A row has the strongest slot and each slot's attention, in the order and colours of the last iteration.
     """
     attn = attn[None] if attn.ndim == 4 else attn
     _check(5, attn=attn)
-    drawn = np.unique(np.linspace(0, attn.shape[1] - 1, min(most, attn.shape[1])).round().astype(int))
-    attn, ground = attn[index, drawn].detach().float().cpu(), np.zeros((1, 1, 1))
+    attn, ground = attn[index].detach().float().cpu(), np.zeros((1, 1, 1))
     if images is not None:
         _check(4, images=images)
         attn = F.interpolate(attn, images.shape[2:], mode='bilinear')
@@ -495,7 +493,7 @@ def _attention_rows(
     for maps, found in zip(attn.numpy(), segmentation(attn).numpy(), strict=True):
         heat = ground + maps[..., None] * (colours[:, None, None] - ground)  # [K, H, W, 3]
         rows.append([Panel(colours[found], 'strongest'), *(Panel(heat[k], f'slot {k + 1}', colours[k]) for k in order)])
-    return drawn, attn, rows
+    return attn, rows
 
 
 def _titles_once(rows: list[list[Panel]]) -> list[list[Panel]]:
@@ -705,8 +703,9 @@ def draw_sequence(frames: Iterable[tuple[Job, dict[str, Tensor], str]]) -> list[
         if previous is not None:
             masks, rgbs = reorder_slots(previous, masks, rgbs)
         previous = masks
-        labels = batch.get('mask')
-        figures.append(visualize_slots(batch['image'], recons, masks, None, rgbs, labels, title, empty_slots=True))
+        figures.append(
+            visualize_slots(batch['image'], recons, masks, None, rgbs, batch.get('mask'), title, empty_slots=True)
+        )
     return figures
 
 

@@ -98,7 +98,7 @@ def test_a_slot_has_the_same_colour_everywhere_and_no_other_has_it():
     assert np.allclose(tinted[20:28, 20:28], 0.35 * grey[20:28, 20:28] + 0.65 * colours[2])  # within
     assert np.allclose(tinted[16, 16:32], colours[2])  # the outline
     assert np.allclose(tinted[:15], grey[:15])  # the background
-    (panels,) = visualize._attention_rows(masks[None, :, :, 0], None, 0)[2]
+    (panels,) = visualize._attention_rows(masks[None, :, :, 0], None, 0)[1]
     assert [panel.title for panel in panels] == ['strongest', 'slot 2', 'slot 3', 'slot 4', 'slot 1']
     assert np.array_equal(panels[2].colour, colours[2]) and np.allclose(panels[2].pixels[5, 5], colours[2])
 
