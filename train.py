@@ -68,7 +68,7 @@ PAPER_RECIPE = dict(
     steps=500_000, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
 )  # fmt: skip
 SPARE_SLOTS = 4  # of the fast architecture: with them two objects less often share a slot
-STEPS = {'multi_dsprites': 10_000, 'clevr6': 6_000}  # of the fast architecture, where not 5,000
+STEPS = {'multi_dsprites': 10_000, 'clevr6': 6_000}  # of the fast architecture, where it is not the default of --steps
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
     'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp',
@@ -246,7 +246,9 @@ def recipe_defaults(given: dict, defaults: dict) -> dict:
     """Defaults of a new run that differ with the architecture or the data set."""
     flags = defaults | given
     resolution, num_slots = SIZES[flags['dataset']]
-    recipe = dict(resolution=resolution, num_slots=num_slots + SPARE_SLOTS, steps=STEPS.get(flags['dataset'], 5000))
+    recipe = dict(
+        resolution=resolution, num_slots=num_slots + SPARE_SLOTS, steps=STEPS.get(flags['dataset'], defaults['steps'])
+    )
     if flags['architecture'] == 'paper':
         recipe['num_slots'] = num_slots
         recipe |= PAPER_RECIPE | dict(hidden_dim=64 if given.get('resolution', resolution) > 64 else 32)  # Tables 4-7
@@ -552,18 +554,22 @@ class ReconstructionError(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, slots: Tensor, pixels: Pixels, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, slots: Tensor, pixels: Pixels, with_variance: bool, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> error and variance [B, h, w].
 
-        Both are means over the channels. `kwargs` are further arguments of the model's encode().
+        Both are means over the channels; without the variance, which takes time, it is 0. `kwargs` are further
+        arguments of the model's encode().
         """
         slots, _ = self.model.encode(images, slots, **kwargs)
         rgbs, masks = decode_partial(self.model, slots, pixels)
         recons = (rgbs * masks).sum(dim=1)
         rows, columns = pixels
         error = F.mse_loss(recons.float(), images[:, :, rows][..., columns], reduction='none').mean(dim=1)
-        variance = (masks * (rgbs - recons[:, None]).square()).sum(dim=1).float().mean(dim=1)
-        return error, variance
+        if not with_variance:
+            return error, torch.zeros_like(error)
+        return error, (masks * (rgbs - recons[:, None]).square()).sum(dim=1).float().mean(dim=1)
 
 
 class Loss:
@@ -591,14 +597,14 @@ class Loss:
         config, (begin, end) = self.model.config, MIXTURE_FROM
         weight = self.mixture * min(max((progress - begin) / (end - begin), 0.0), 1.0)
         if not config.moves and not config.drops:
-            error, variance = self.error(images, slots, pixels)
+            error, variance = self.error(images, slots, pixels, weight > 0)
             return error.mean(), weight * variance.mean()
         moves = config.moves if progress >= HEADS_FROM else 0
         drops = config.drops if progress >= HEADS_FROM and rng.random() < SHARE_OF_DROPS else 0
         iterations = config.num_iterations - config.moves - config.drops + moves + drops
         trace = Trace()
         error, variance = self.error(
-            images, slots, pixels, num_iterations=iterations, moves=moves, drops=drops, trace=trace
+            images, slots, pixels, weight > 0, num_iterations=iterations, moves=moves, drops=drops, trace=trace
         )
         return error.mean(), weight * variance.mean() + reallocation_loss(self.model, images, error, trace, rng)
 

@@ -326,7 +326,7 @@ def test_error_and_variance_of_the_slots_are_together_their_mean_error():
     model, images = SlotAttentionAutoEncoder(ModelConfig('fast', 16, 3, 16, 3, 8)), torch.rand(2, 3, 16, 16)
     slots = model.slot_attention.initial_slots(2, 3).detach()
     pixels = (slice(1, None, 2), slice(None, None, 2))
-    error, variance = train.ReconstructionError(model)(images, slots, pixels)
+    error, variance = train.ReconstructionError(model)(images, slots, pixels, with_variance=True)
     recons, masks, found, _ = model(images, slots=slots)
     rgbs, _ = model.decode(found)
     assert torch.allclose(error, (recons - images).square().mean(1)[:, 1::2, ::2], atol=1e-6)
@@ -339,8 +339,10 @@ def test_the_mixture_and_the_iterations_of_the_heads_join_the_run_later(monkeypa
     context = train.DistributedContext.create('cpu', 'off')
     config = ModelConfig('fast', 16, 3, 16, 9, 8, 'first_order', moves=3, drops=2)
     loss, seen = train.Loss(SlotAttentionAutoEncoder(config), context, mixture=0.5), []
+    with_variances = []
 
-    def error(images, slots, pixels, **iterations):
+    def error(images, slots, pixels, with_variance, **iterations):
+        with_variances.append(with_variance)
         seen.append({name: iterations[name] for name in ('num_iterations', 'moves', 'drops')})
         return torch.zeros(2, 8, 8), torch.ones(2, 8, 8)
 
@@ -348,7 +350,7 @@ def test_the_mixture_and_the_iterations_of_the_heads_join_the_run_later(monkeypa
     monkeypatch.setattr(train, 'reallocation_loss', lambda *_: 0.0)
     rng = np.random.default_rng(0)
     rest = [float(loss(None, None, None, rng, progress)[1]) for progress in (0.0, 0.2, 0.5, 0.8)]
-    assert rest == pytest.approx([0.0, 0.0, 0.25, 0.5])
+    assert rest == pytest.approx([0.0, 0.0, 0.25, 0.5]) and with_variances == [False, False, True, True]
     assert seen[0] == dict(num_iterations=4, moves=0, drops=0)
     seen.clear()
     for _ in range(80):
