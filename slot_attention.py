@@ -12,7 +12,7 @@ called "the paper" below. The file has five parts:
     1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is in ReconstructionError in train.py);
                          tests/test_reference.py compares it with the authors' code
     2. The fast variant  FramedSlotAttention, KeepHead, ErrorHead, Glimpse, ImplicitDecoder: learns in minutes
-    3. Search            prune_and_reseed, refine: improve the slots of one image at test time
+    3. Search            refine: improves the slots of one image at test time
     4. Scores            FG-ARI, ARI, mBO, mIoU
     5. Checkpoints       ModelConfig, save_checkpoint, load_checkpoint, load_model
 
@@ -399,7 +399,7 @@ class ErrorHead(nn.Module):
 
 @dataclass
 class Trace:
-    """What FramedSlotAttention.iterate() records for the training of its heads, without gradient."""
+    """What FramedSlotAttention.forward() records for the training of its heads, without gradient."""
 
     inputs: Tensor | None = None  # [B, N, D_in], normalised
     k: Tensor | None = None  # [B, N, D]
@@ -460,30 +460,12 @@ class FramedSlotAttention(SlotAttention):
         trace         is filled for reallocation_loss()
         """
         slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
-        inputs = self.norm_inputs(inputs)
-        moves, drops = self.moves if moves is None else moves, self.drops if drops is None else drops
-        slots, attn, slot_mask = self.iterate(inputs, slots, num_iterations, None, moves, drops, trace)
-        return self.add_glimpse(inputs, slots, attn[:, -1], slot_mask), attn
-
-    def iterate(
-        self,
-        inputs: Tensor,
-        slots: Tensor,
-        num_iterations: int | None = None,
-        slot_mask: Tensor | None = None,
-        moves: int = 0,
-        drops: int = 0,
-        trace: Trace | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Algorithm 1 with frames and reallocation, without the glimpse: slots [B, K, D], attn [B, T, K, N], slot_mask.
-
-        inputs     [B, N, D_in], normalised
-        slot_mask  bool [B, K], False for absent slots, which get no attention; default: all are present
-        """
         T = self.num_iterations if num_iterations is None else num_iterations
+        moves, drops = self.moves if moves is None else moves, self.drops if drops is None else drops
         initial, attns = slots, []
-        if slot_mask is None:
-            slot_mask = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
+        slot_mask = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)  # all are present, [B, K]
+
+        inputs = self.norm_inputs(inputs)  # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
         for t in range(T):
             last = t == T - 1
@@ -497,8 +479,8 @@ class FramedSlotAttention(SlotAttention):
             attns.append(attn)
         if trace is not None:
             trace.inputs, trace.k, trace.v = inputs.detach(), k.detach(), v.detach()
-            trace.last = slots.detach(), attns[-1].detach(), slot_mask
-        return slots, torch.stack(attns, dim=1), slot_mask
+            trace.last = slots.detach(), attn.detach(), slot_mask
+        return self.add_glimpse(inputs, slots, attn, slot_mask), torch.stack(attns, dim=1)
 
     def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration: slots [B, K, D], k and v [B, N, D], slot_mask [B, K] -> slots, attn [B, K, N]."""
@@ -727,9 +709,9 @@ SHARE_OF_VARIANCE, SHARE_OF_ERROR = 0.01, 0.05
 NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead, which raises its logits by log 1.5
 
 
-def rise_allowed(images: Tensor, error: Tensor, share: float = SHARE_OF_VARIANCE) -> Tensor:
+def rise_allowed(images: Tensor, error: Tensor) -> Tensor:
     """By how much the MSE [B] of images [B, 3, H, W] may rise without a slot that is not needed: [B]."""
-    return share * images.var(dim=(2, 3)).mean(dim=1) + SHARE_OF_ERROR * error
+    return SHARE_OF_VARIANCE * images.var(dim=(2, 3)).mean(dim=1) + SHARE_OF_ERROR * error
 
 
 def reallocation_loss(
@@ -842,87 +824,11 @@ class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
 # =============================================================================================
 
 
-def reconstruction_error(model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """MSE of each image's reconstruction [B], and a window around its largest error, on the feature grid [B, N].
-
-    images [B, 3, H, W], slots [B, K, D]. Computed on every second row and column.
-    """
-    size, every_second = model.encoder.grid_size, slice(None, None, 2)
+def reconstruction_error(model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor) -> Tensor:
+    """MSE of each image on every second row and column: images [B, 3, H, W], slots [B, K, D] -> [B]."""
+    every_second = slice(None, None, 2)
     rgbs, masks = decode_partial(model, slots, (every_second, every_second))
-    error = ((rgbs * masks).sum(dim=1) - images[:, :, every_second, every_second]).float().square().mean(dim=1)
-    coarse = F.adaptive_avg_pool2d(error, size).flatten(1)  # [B, N]
-    return error.mean(dim=(1, 2)), around_maximum(coarse, coord_grid(size).to(coarse))
-
-
-class Candidate(NamedTuple):
-    slots: Tensor  # [B, K, D], before the glimpse
-    glimpsed: Tensor  # [B, K, D], after it: these are decoded
-    slot_mask: Tensor  # [B, K]
-    attn: Tensor  # [B, K, N]
-    error: Tensor  # [B], see reconstruction_error()
-    worst: Tensor  # [B, N], see reconstruction_error()
-
-
-@torch.no_grad()
-def prune_and_reseed(
-    model: SlotAttentionAutoEncoder,
-    images: Tensor,
-    slots: Tensor,
-    prune_threshold: float = SHARE_OF_VARIANCE,
-    num_reseeds: int = 2,
-    num_iterations: int | None = None,
-) -> Tensor:
-    """Removes slots that the reconstruction does not need, then tries them where it is worst.
-
-    images           [B, 3, H, W] in [-1, 1]
-    slots            [B, K, D] initial slots, as in model(images, slots=slots)
-    prune_threshold  share of the image's variance that a slot must explain, see rise_allowed()
-    num_reseeds      how many absent slots are tried
-    num_iterations   as in model(images)
-
-    Two slots reconstruct an object slightly better than one, so spare slots learn to share objects, and a slot
-    that has converged on two objects stays there. The reconstruction error shows both, without labels, as the
-    likelihood does in split-and-merge EM (Ueda et al. 2000).
-
-    1. Each slot in turn, the one with the least attention first, is removed, and the others get one iteration
-       to take over. It returns where the error rises by more than is allowed.
-    2. An absent slot is placed where the error is largest. It stays where the error falls by as much after all
-       iterations.
-
-    Returns slots [B, K, D] to decode, of which absent ones have the scale 0. Raises ConfigError for the 'paper'
-    architecture, whose slots have no frame.
-    """
-    attention = model.slot_attention
-    if not isinstance(attention, FramedSlotAttention):
-        raise ConfigError("prune_and_reseed needs the 'fast' architecture, whose slots have a frame")
-    features = attention.norm_inputs(model.encoder(images))  # [B, N, C]
-
-    v = attention.project_v(features)
-
-    def attempt(slots: Tensor, slot_mask: Tensor | None, num_iterations: int | None, **reallocation) -> Candidate:
-        slots, attn, slot_mask = attention.iterate(features, slots, num_iterations, slot_mask, **reallocation)
-        glimpsed = attention.add_glimpse(features, slots, attn[:, -1], slot_mask)
-        return Candidate(slots, glimpsed, slot_mask, attn[:, -1], *reconstruction_error(model, images, glimpsed))
-
-    def select(accepted: Tensor, trial: Candidate, best: Candidate) -> Candidate:
-        """The trial for the images in which `accepted` [B] is true, the best so far for the others."""
-        pairs = zip(trial, best, strict=True)
-        return Candidate(*(torch.where(accepted.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
-
-    best = attempt(slots, None, num_iterations, moves=attention.moves, drops=attention.drops)
-    for weakest in best.attn.sum(dim=2).argsort(dim=1)[:, :-1].T:  # [B]; the strongest slot always stays
-        trial = attempt(best.slots, best.slot_mask.scatter(1, weakest[:, None], False), num_iterations=1)
-        allowed = rise_allowed(images, best.error, prune_threshold)
-        best = select(trial.error < best.error + allowed, trial, best)
-    for _ in range(num_reseeds):
-        absent = ~best.slot_mask
-        reseeded = absent & (absent.cumsum(dim=1) == 1)  # [B, K], the first absent slot
-        placed = attention.update(slots, best.worst[:, None].expand_as(best.attn), v)
-        placed = torch.where(reseeded[:, :, None], placed, best.slots)
-        trial = attempt(placed, best.slot_mask | reseeded, num_iterations)
-        allowed = rise_allowed(images, best.error, prune_threshold)
-        best = select(reseeded.any(dim=1) & (trial.error <= best.error - allowed), trial, best)
-    return best.glimpsed
+    return ((rgbs * masks).sum(dim=1) - images[:, :, every_second, every_second]).float().square().mean(dim=(1, 2, 3))
 
 
 def refine(
@@ -947,8 +853,8 @@ def refine(
             optimizer.step()
         slots = slots.detach()
     with torch.no_grad():
-        errors = [reconstruction_error(model, images, x)[0] for x in (slots, before)]
-        return torch.where((errors[0] < errors[1])[:, None, None], slots, before)
+        improved = reconstruction_error(model, images, slots) < reconstruction_error(model, images, before)  # [B]
+        return torch.where(improved[:, None, None], slots, before)
 
 
 # =============================================================================================

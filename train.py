@@ -55,10 +55,10 @@ from dataset import (  # isort: skip
     flip, wrap_in_loader,
 )  # fmt: skip
 from slot_attention import (  # isort: skip
-    ALL_PIXELS, IGNORE_LABEL, PRETRAINED, SHARE_OF_VARIANCE, AcceleratedBroadcastDecoder, CheckpointError,
-    ConfigError, ModelConfig, Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace,
-    adjusted_rand_index, build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint,
-    prune_and_reseed, reallocation_loss, refine, save_checkpoint, segmentation, segmentation_scores,
+    ALL_PIXELS, IGNORE_LABEL, PRETRAINED, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig,
+    Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace, adjusted_rand_index,
+    build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, reallocation_loss, refine,
+    save_checkpoint, segmentation, segmentation_scores,
 )  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
@@ -71,8 +71,8 @@ SPARE_SLOTS = 4  # of the fast architecture: with them two objects less often sh
 STEPS = {'multi_dsprites': 10_000, 'clevr6': 6_000}  # of the fast architecture, where it is not the default of --steps
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
-    'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'prune_threshold', 'refine_steps', 'device', 'amp',
-    'compile', 'num_workers',
+    'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'refine_steps', 'device', 'amp', 'compile',
+    'num_workers',
 )  # fmt: skip
 FREE_ON_RESUME = (  # other saved flags must not contradict the checkpoint
     'data_dir', 'mask_dir', 'pixel_stride', 'steps', 'epochs', 'batch_size', 'lr', 'warmup_steps', 'decay_steps',
@@ -90,7 +90,7 @@ DIAGNOSES = {
     'largest_slot': (0.9, 'one slot holds nearly all objects: lower --lr, raise --warmup_steps or change --seed'),
     'sameness': (0.5, 'the masks do not depend on the image (stripes, blobs): raise --lr or change --seed'),
     'missed': (0.2, 'many objects are left to the background: raise --num_iterations, --num_slots or --steps'),
-    'split': (0.15, 'spare slots split objects: raise --steps, lower --num_slots, or score with --search'),
+    'split': (0.15, 'spare slots split objects: raise --steps or lower --num_slots'),
 }
 REPORT_AFTER = 3  # a diagnosis is printed when this many consecutive validations agree
 MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
@@ -186,10 +186,8 @@ def create_parser() -> Parser:
         'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')
     group = parser.add_argument_group('evaluation')
     add_switch('eval', 'score --resume on the test images and exit')
-    add_switch('search', 'with --eval: also score slots that are pruned and reseeded, then refined, by '
-        'the reconstruction error of each test image')
-    add('prune_threshold', number(0, kind=float), SHARE_OF_VARIANCE, 'with --search: share of the variance of an image '
-        'that a slot must explain')
+    add_switch('search', 'with --eval: also score slots after gradient descent on the reconstruction error of each '
+        'test image')
     add('refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
     group = parser.add_argument_group('system')
     add('device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
@@ -288,7 +286,7 @@ def check_combination(args: argparse.Namespace, given: dict) -> None:
     else:
         useless['search'] = 'without --eval'
     if not args.search:
-        useless |= dict.fromkeys(('prune_threshold', 'refine_steps'), 'without --search')
+        useless['refine_steps'] = 'without --search'
     for name in sorted(useless.keys() & given.keys()):
         raise ConfigError(f'--{name} has no effect {useless[name]}; leave it out')
 
@@ -817,7 +815,7 @@ def evaluate(
     model: SlotAttentionAutoEncoder, loader: DataLoader, context: DistributedContext, stop: Stop,
     args: argparse.Namespace, consistency: bool,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Mean scores over the images of all processes: rows 'network' and, with --search, '+ prune' and '+ refine'.
+    """Mean scores over the images of all processes: rows 'network' and, with --search, '+ refine'.
 
     A row has the SCORES (see segmentation_scores(); without masks only the MSE and the consistency) and
     mask_statistics(). attn_fg_ari is the FG-ARI of the last iteration's attention, enlarged to the image; scored is
@@ -825,13 +823,12 @@ def evaluate(
     samples of the initial slots, over the true foreground: does an object get the same slot again? Raises Interrupted.
     """
     model.eval()
-    batch_size, T = loader.batch_size * context.world_size, args.num_iterations
+    batch_size = loader.batch_size * context.world_size
     values = defaultdict(list)  # of each image, by (row, name)
 
-    def run_model(images: Tensor, *key: int) -> tuple[Tensor, SlotAttentionOutput]:
+    def run_model(images: Tensor, *key: int) -> SlotAttentionOutput:
         slots = model.slot_attention.initial_slots(batch_size, args.num_slots, context.generator(0, *key))
-        slots = context.shard(slots)[: len(images)]
-        return slots, model(images, slots=slots, num_iterations=T)
+        return model(images, slots=context.shard(slots)[: len(images)], num_iterations=args.num_iterations)
 
     def score(row: str, images: Tensor, labels: Tensor | None, recons: Tensor, masks: Tensor) -> None:
         values[row, 'mse'] += (recons.float() - images).square().mean((1, 2, 3)).tolist()
@@ -843,21 +840,18 @@ def evaluate(
             values[row, name] += value.tolist()
 
     def score_batch(images: Tensor, labels: Tensor | None, i: int) -> None:
-        initial, output = run_model(images, i, 0)
+        output = run_model(images, i, 0)
         score('network', images, labels, output.recons, output.masks)
         if labels is not None:
             attn = F.interpolate(output.attn[:, -1].float(), labels.shape[1:], mode='bilinear')
             values['network', 'attn_fg_ari'] += fg_ari(labels, attn).tolist()
         if consistency:
-            found, again = segmentation(output.masks), segmentation(run_model(images, i, 1)[1].masks)
+            found, again = segmentation(output.masks), segmentation(run_model(images, i, 1).masks)
             where = None if labels is None else (labels > 0) & (labels != IGNORE_LABEL)
             values['network', 'consistency'] += adjusted_rand_index(found, again, where).tolist()
         if args.search:
-            slots = prune_and_reseed(model, images, initial, args.prune_threshold, num_iterations=T)
-            refined = refine(model, images, slots, args.refine_steps)
-            for row, found in (('+ prune', slots), ('+ refine', refined)):
-                rgbs, masks = model.decode(found)
-                score(row, images, labels, (rgbs * masks).sum(1), masks)
+            rgbs, masks = model.decode(refine(model, images, output.slots, args.refine_steps))
+            score('+ refine', images, labels, (rgbs * masks).sum(1), masks)
 
     count = math.ceil(len(loader.dataset) / batch_size)
     batches = itertools.zip_longest(range(count), loader)  # a process may have no part of the last batch
@@ -1124,7 +1118,7 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
         cells = (f'{scores[name]:13.4f}' if name in scores else f'{"":13}' for name in names)
         context.print0(f'{row:10}{"".join(cells)}')
     if args.search:
-        context.print0('\nprune and refine search for better slots of each test image: no scores of the network')
+        context.print0('\nrefine: gradient descent on the slots of each test image; these are no scores of the network')
     if (diagnosis := diagnose(network)) and context.rank == 0:
         print_error(DIAGNOSES[diagnosis][1])
     return 0

@@ -2,7 +2,7 @@
 
     python visualize.py                                    # the newest checkpoint under logs/
     python visualize.py --checkpoint logs/checkpoints/best_model.pth --num_images 4
-    python visualize.py --search                           # slots improved by prune_and_reseed and refine
+    python visualize.py --search                           # slots refined by gradient descent
     python visualize.py --image a.jpg b.png                # your own pictures, and their segmentations
     python visualize.py --edit                             # remove, copy, swap and interpolate objects
     python visualize.py --gif                              # attention, iteration by iteration
@@ -65,7 +65,6 @@ from slot_attention import (
     damaged,
     fg_ari,
     load_checkpoint,
-    prune_and_reseed,
     refine,
     segmentation,
 )
@@ -613,7 +612,7 @@ class Job:
     def run_model(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
         """recons, masks, rgbs, slots and attn of images [B, 3, H, W].
 
-        slots is a list of B tensors [K, D]. With --search, recons, masks, rgbs and slots are those after the search;
+        slots is a list of B tensors [K, D]. With --search, recons, masks, rgbs and slots are those after refine();
         attn is the network's, and slots holds the present ones only.
         """
         args, model = self.args, self.model
@@ -622,15 +621,14 @@ class Job:
         initial = model.slot_attention.initial_slots(len(images), num_slots, generator)
         slots, attn = model.encode(images, initial, num_iterations=args.num_iterations)
         if args.search:
-            slots = prune_and_reseed(model, images, initial, num_iterations=args.num_iterations)
             slots = refine(model, images, slots)
         rgbs, masks = model.decode(slots)
         present = [s[mask.amax((1, 2, 3)) > 0] for s, mask in zip(slots, masks, strict=True)]
         return (rgbs * masks).sum(1), masks, rgbs, present, attn
 
     def title(self, *parts: str) -> str | None:
-        """The title of a figure, which tells whether the slots were searched."""
-        return ', '.join([*parts, *['searched slots'] * self.args.search]) or None
+        """The title of a figure, which tells whether the slots were refined."""
+        return ', '.join([*parts, *['refined slots'] * self.args.search]) or None
 
     def path(self, name: str) -> Path:
         """Adds a file in the output folder to `paths`; without a suffix it gets that of --format."""
@@ -790,7 +788,8 @@ def create_parser() -> Parser:
     add(group, 'num_images', 'number of validation images (default: 8; with --sweep 32)', type=int, metavar='N')
     add(group, 'num_slots', 'number of slots (default: as in training)', type=int, metavar='N')
     add(group, 'num_iterations', 'iterations of Slot Attention (default: as in training)', type=int, metavar='N')
-    add(group, 'search', 'improve the slots of each image by prune_and_reseed and refine', action='store_true')
+    add(group, 'search', 'improve the slots of each image by gradient descent on its reconstruction error',
+        action='store_true')
     add(group, 'seed', 'seed of the initial slots', type=int, default=0, metavar='N')
     group = parser.add_argument_group('output')
     add(group, 'output_dir', 'folder of the figures', type=Path, default=Path('visualizations'), metavar='PATH')

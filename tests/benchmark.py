@@ -29,7 +29,6 @@ from slot_attention import (
     ConfigError,
     ModelConfig,
     SlotAttentionAutoEncoder,
-    prune_and_reseed,
     refine,
 )
 from train import MODEL_FLAGS, DistributedContext, Loss, choose_pixels, create_optimizers, parse_args
@@ -80,9 +79,9 @@ class Step:
 
     @torch.no_grad()
     def search(self) -> None:
-        """prune_and_reseed, refine and decode, as --eval --search does."""
+        """Network, refine and decode, as --eval --search does."""
         with self.context.autocast():
-            slots = prune_and_reseed(self.model, self.images, self.initial_slots())
+            slots, _ = self.model.encode(self.images, self.initial_slots())
             self.model.decode(refine(self.model, self.images, slots))
 
     def flop(self) -> int:

@@ -24,12 +24,12 @@ from slot_attention import (
     SlotAttentionAutoEncoder,
     Trace,
     adjusted_rand_index,
+    around_maximum,
     coord_grid,
     decode_partial,
     fg_ari,
     load_checkpoint,
     load_model,
-    prune_and_reseed,
     reallocation_loss,
     reconstruction_error,
     refine,
@@ -112,14 +112,14 @@ def test_damping_leaves_alone_what_wins_little_and_hardly_touches_what_wins_much
     torch.nn.init.zeros_(sa.project_k.weight)
     sa.locality_bias.data.fill_(-math.inf)  # equal logits: every slot wins 9 / 4 inputs
     inputs, start = torch.randn(1, 9, 12).double(), torch.randn(1, 4, 8).double()
-    mean = sa.project_v(inputs).mean(1)
+    mean = sa.project_v(sa.norm_inputs(inputs)).mean(1)
     received = []
     sa.gru.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    _, attn, _ = sa.iterate(inputs, start, num_iterations=1)
+    _, attn = sa(inputs, start, num_iterations=1)
     assert torch.allclose(attn, torch.full_like(attn, 1 / 4))
     assert torch.allclose(received[0], mean.expand(4, 8) * 2.25 / (2.25 + 0.5 * 9))
     sa.damping = 0.0
-    sa.iterate(inputs, start, num_iterations=1)
+    sa(inputs, start, num_iterations=1)
     assert torch.allclose(received[1], mean.expand(4, 8))
 
 
@@ -582,13 +582,13 @@ def test_an_absent_slot_wins_no_attention_and_changes_no_other():
     attention, inputs, slots = small_model().slot_attention, torch.randn(2, 16, 8), torch.randn(2, 4, 16)
     slot_mask = torch.tensor([[True, False, True, True]] * 2)
     with torch.no_grad():
-        iterated, attn, same_mask = attention.iterate(inputs, slots, slot_mask=slot_mask)
-        others, others_attn, _ = attention.iterate(inputs, slots[:, [0, 2, 3]])
-        glimpsed = attention.add_glimpse(inputs, iterated, attn[:, -1], slot_mask)
-    assert torch.equal(same_mask, slot_mask)
-    assert (attn[:, :, 1] == 0).all()
-    assert torch.allclose(attn[:, :, [0, 2, 3]], others_attn, atol=1e-5)
-    assert torch.allclose(iterated[:, [0, 2, 3]], others, atol=1e-5)
+        k, v = attention.project_k(inputs), attention.project_v(inputs)
+        updated, attn = attention.step(slots, k, v, slot_mask)
+        others, others_attn = attention.step(slots[:, [0, 2, 3]], k, v, slot_mask[:, [0, 2, 3]])
+        glimpsed = attention.add_glimpse(inputs, updated, attn, slot_mask)
+    assert (attn[:, 1] == 0).all()
+    assert torch.allclose(attn[:, [0, 2, 3]], others_attn, atol=1e-5)
+    assert torch.allclose(updated[:, [0, 2, 3]], others, atol=1e-5)
     assert torch.equal(glimpsed[..., 2] > 0, slot_mask)
 
 
@@ -698,98 +698,24 @@ def test_a_slot_is_needed_if_the_error_rises_without_it(monkeypatch):
     assert seen == {0: {True}, 1: {True}, 2: {False}}
 
 
-# Search
-
-
-@pytest.fixture
-def absolute_threshold(monkeypatch):
-    """prune_threshold is the rise of the MSE that is allowed, whatever the images and their error."""
-    monkeypatch.setattr(slot_attention, 'rise_allowed', lambda images, error, share: torch.full_like(error, share))
-
-
 def test_what_a_slot_must_be_worth_scales_with_the_image_and_its_error():
     images, error = torch.randn(3, 3, 16, 16), torch.rand(3)
-    allowed = rise_allowed(images, error, 0.01)
-    assert torch.allclose(rise_allowed(2 * images, 4 * error, 0.01), 4 * allowed)
-    assert torch.allclose(rise_allowed(images + 1, error, 0.01), allowed)
+    allowed = rise_allowed(images, error)
+    assert torch.allclose(rise_allowed(2 * images, 4 * error), 4 * allowed)
+    assert torch.allclose(rise_allowed(images + 1, error), allowed)
     by_hand = 0.01 * images[1].flatten(1).var(dim=1).mean() + 0.05 * error[1]
     assert allowed[1] == pytest.approx(by_hand.item())
 
 
-@pytest.mark.usefixtures('absolute_threshold')
-def test_slots_that_do_not_lower_the_error_are_pruned(monkeypatch):
-    """The error is replaced by one that each present slot lowers by a known amount."""
-    model, images, start = small_model(), torch.rand(3, 3, 16, 16), torch.randn(3, 5, 16)
-    gains = torch.tensor([[0.3, 0.05, 0.2, 0.0, 0.5], [0.0] * 5, [0.1, 0.1, 0.1, 0.1, 0.1]])
-
-    def error(model, images, slots):
-        return 1 - (gains * (slots[..., 2] > 0)).sum(dim=1), torch.ones(3, 16)
-
-    monkeypatch.setattr(slot_attention, 'reconstruction_error', error)
-    with torch.no_grad():
-        attn = model.encode(images, start)[1][:, -1]
-        slots = prune_and_reseed(model, images, start, prune_threshold=0.0999, num_reseeds=0)
-        network = model(images, slots=start).slots
-    strongest = attn.flatten(2).sum(dim=2).argmax(dim=1)  # it is never removed
-    slot_mask = slots[..., 2] > 0
-    assert slot_mask[2].all() and torch.allclose(slots[2], network[2])
-    assert slot_mask[1].nonzero().squeeze() == strongest[1]
-    assert slot_mask[0].tolist() == [True, strongest[0] == 1, True, strongest[0] == 3, True]
+def test_a_window_around_the_largest_error_is_one_there_and_nothing_far_away():
+    values = torch.zeros(2, 8, 8)
+    values[0, 1:3, 5:7], values[0, 6, 1] = 1.0, 1.2  # a spot, and a higher but smaller one
+    window = around_maximum(values.flatten(1), coord_grid(8)).view(2, 8, 8)
+    assert window[0].max() == window[0, 1:3, 5:7].max() == pytest.approx(1) and window[0, 4:].max() < 0.01
+    assert window[1].max() == 0  # no error anywhere
 
 
-@pytest.mark.usefixtures('absolute_threshold')
-def test_pruning_raises_the_error_by_less_than_the_threshold():
-    model, images, start = small_model(num_slots=6), torch.randn(4, 3, 16, 16), torch.randn(4, 6, 16)
-    every_slot_costs_too_much = prune_and_reseed(model, images, start, 10.0)
-    assert ((every_slot_costs_too_much[..., 2] > 0).sum(dim=1) == 1).all()
-    slots = prune_and_reseed(model, images, start, 1e-4)
-    with torch.no_grad():
-        before = reconstruction_error(model, images, model(images, slots=start).slots)[0]
-        after = reconstruction_error(model, images, slots)[0]
-    assert (after <= before + 1e-4 * (slots[..., 2] <= 0).sum(dim=1)).all()
-
-
-@pytest.mark.usefixtures('absolute_threshold')
-def test_an_absent_slot_is_tried_where_the_error_is_largest(monkeypatch):
-    """Each of three slots is worth 0.2, but only after the first two were removed."""
-    model, images, start = small_model(), torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16)
-    counts, placed = [], []
-    iterate, worst = model.slot_attention.iterate, torch.zeros(1, 16)
-    worst[0, 6] = 1.0  # second row, third column of 4 x 4: x 0.25, y -0.25
-
-    def error(model, images, slots):
-        counts.append(int((slots[..., 2] > 0).sum()))
-        return torch.tensor([1.0 if len(counts) <= 3 else 1.0 - 0.2 * counts[-1]]), worst
-
-    def watched(inputs, slots, *args, **kwargs):
-        placed.append(slots[0, :, :2])
-        return iterate(inputs, slots, *args, **kwargs)
-
-    monkeypatch.setattr(slot_attention, 'reconstruction_error', error)
-    monkeypatch.setattr(model.slot_attention, 'iterate', watched)
-    slots = prune_and_reseed(model, images, start, prune_threshold=0.1)
-    assert counts == [3, 2, 1, 2, 3] and (slots[..., 2] > 0).all()
-    for positions in placed[3:]:
-        assert ((positions - torch.tensor([0.25, -0.25])).abs() < 1e-3).all(dim=1).sum() == 1
-
-
-def test_the_largest_error_is_found_where_it_is():
-    model = small_model(resolution=32)
-    slots = torch.randn(2, 3, 16)
-    slots[..., 2] = 0.3
-    with torch.no_grad():
-        rgbs, masks = model.decode(slots)
-        images = (rgbs * masks).sum(1)
-        images[0, :, 4:12, 20:28] += 1.0  # right, above: rows 1 and 2, columns 5 and 6 of 8
-        error, window = reconstruction_error(model, images, slots)
-    assert error[0] == pytest.approx(64 / 32**2, rel=1e-4) and error[1] == pytest.approx(0, abs=1e-9)
-    window = window[0].view(8, 8)
-    assert window.max() == window[1:3, 5:7].max() == pytest.approx(1, abs=1e-4) and window[4:].max() < 0.01
-
-
-def test_search_refuses_slots_without_a_position():
-    with pytest.raises(ConfigError, match="needs the 'fast' architecture"):
-        prune_and_reseed(small_model(architecture='paper'), torch.rand(1, 3, 16, 16), torch.randn(1, 3, 16))
+# Search
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -800,7 +726,7 @@ def test_refining_lowers_the_error_and_touches_nothing_else(architecture):
     slots[:, 2, 2] = 0.0
     with torch.no_grad():
         refined = refine(model, images, slots, num_steps=8)
-        before, after = (reconstruction_error(model, images, x)[0] for x in (slots, refined))
+        before, after = (reconstruction_error(model, images, x) for x in (slots, refined))
         torch.testing.assert_close(refine(model, images[1:2], slots[1:2], 8), refined[1:2], rtol=1e-3, atol=1e-4)
     assert (after <= before).all() and after.mean() < 0.98 * before.mean()
     if architecture == 'fast':

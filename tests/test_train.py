@@ -178,19 +178,19 @@ def test_eval_prints_a_table_and_may_use_other_slots_and_iterations(capsys):
     assert Path('logs/checkpoints/last.pth').read_bytes() == before
 
 
-def test_eval_with_search_prints_the_network_the_pruned_and_the_refined_slots(capsys):
+def test_eval_with_search_prints_the_network_and_the_refined_slots(capsys):
     run(*SMALL, '--epochs', 1)
     capsys.readouterr()
     rows = []
-    for flags in ([], ['--search'], ['--search', '--prune_threshold', 10, '--refine_steps', 2]):
+    for flags in ([], ['--search'], ['--search', '--refine_steps', 2]):
         assert run('--eval', '--resume', 'logs', *flags) == 0
         printed = capsys.readouterr().out
         rows.append([line for line in printed.splitlines() if line.startswith(('network', '+ '))])
         assert ('no scores of the network' in printed) == bool(flags)
     assert rows[0] == rows[1][:1] == rows[2][:1]
-    assert [row[:10].strip() for row in rows[1]] == ['network', '+ prune', '+ refine']
-    pruned, refined = (float(row[10:].split()[0]) for row in rows[2][1:])
-    assert refined <= pruned and rows[2][1] != rows[1][1]  # one slot per image
+    assert [row[:10].strip() for row in rows[1]] == ['network', '+ refine']
+    network, refined = (float(row[10:].split()[0]) for row in rows[1])
+    assert refined < network and rows[2][1] != rows[1][1]
 
 
 def test_the_length_of_a_run_may_be_given_in_steps(monkeypatch, capsys):

@@ -8,7 +8,6 @@ import resource
 import runpy
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import slot_attention
 import visualize
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, prune_and_reseed, refine, save_checkpoint
+from slot_attention import ModelConfig, SlotAttentionAutoEncoder, fg_ari, refine, save_checkpoint
 from visualize import visualize_attention_evolution, visualize_slot_decomposition, visualize_slots
 
 
@@ -374,26 +373,31 @@ def test_pictures_of_your_own_get_figures_and_integer_labels(capsys):
     assert all(Path('visualizations', name).is_file() for name in printed)
 
 
-def test_search_draws_the_slots_that_remain_and_says_so(monkeypatch, capsys):
-    """An untrained model needs a high threshold to lose slots."""
-    prune = partial(prune_and_reseed, prune_threshold=1.0)
-    monkeypatch.setattr(visualize, 'prune_and_reseed', prune)
+def test_search_draws_the_refined_slots_that_are_present_and_says_so(monkeypatch, capsys):
     path = small_checkpoint(Path('logs/checkpoints/last.pth'))
     args = visualize.parse_args(['--search', '--num_images', '2'])
     job = visualize.open_checkpoint(path, args)
     images = job.load_batch()['image']
+
+    def encode_with_absent_slots(*args, **kwargs):
+        slots, attn = encode(*args, **kwargs)
+        slots[0, 1, 2] = slots[1, 0, 2] = 0
+        return slots, attn
+
+    encode = job.model.encode
+    monkeypatch.setattr(job.model, 'encode', encode_with_absent_slots)
     with torch.no_grad():
         recons, masks, rgbs, slots, _ = job.run_model(images)
         initial = job.model.slot_attention.initial_slots(2, 3, torch.Generator().manual_seed(0))
-        found = refine(job.model, images, prune(job.model, images, initial))
+        found = refine(job.model, images, job.model.encode(images, initial)[0])
     slot_mask = found[..., 2] > 0
-    assert [len(s) for s in slots] == slot_mask.sum(1).tolist() == [1, 1]
-    assert torch.equal(slots[0], found[0][slot_mask[0]])
+    assert slot_mask.tolist() == [[True, False, True], [False, True, True]]
+    assert torch.equal(slots[0], found[0][slot_mask[0]]) and torch.equal(slots[1], found[1][slot_mask[1]])
     assert masks[~slot_mask].max() == 0 and torch.allclose(recons, (rgbs * masks).sum(1))
     titles = []
     monkeypatch.setattr(visualize, 'visualize_slots', lambda *args, **_: titles.append(args[-1]))
-    assert visualize.main(args) == 0 and titles == ['searched slots']
-    assert run('--edit', '--search', '--num_images', 2) == 2
+    assert visualize.main(args) == 0 and titles == ['refined slots']
+    assert run('--edit', '--num_slots', 1, '--num_images', 2) == 2
     assert 'remove needs at least 2 slots' in capsys.readouterr().err
 
 
