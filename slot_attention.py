@@ -313,19 +313,20 @@ def to_slot_frame(grid: Tensor, positions: Tensor, scales: Tensor, limit: float 
 class StridedEncoder(Encoder):
     """An Encoder with 3x3 kernels and strides 2, 1, 2, 1: features on a grid of a quarter of the resolution.
 
+    Below 64 pixels the second stride is left out: adjacent objects of one colour merge on a grid of 9x9 (35 pixels).
     The first two layers have half the channels, so that both halves cost about the same.
     """
 
     def __init__(self, resolution: int, hidden_dim: int):
         nn.Module.__init__(self)
-        C, half = hidden_dim, math.ceil(hidden_dim / 2)
+        C, half, stride = hidden_dim, math.ceil(hidden_dim / 2), 2 if resolution >= 64 else 1
         self.conv = nn.Sequential(
             *(nn.Conv2d(3, half, 3, stride=2, padding=1), nn.ReLU(True)),
             *(nn.Conv2d(half, half, 3, padding=1), nn.ReLU(True)),
-            *(nn.Conv2d(half, C, 3, stride=2, padding=1), nn.ReLU(True)),
+            *(nn.Conv2d(half, C, 3, stride, padding=1), nn.ReLU(True)),
             *(nn.Conv2d(C, C, 3, padding=1), nn.ReLU(True)),
         )
-        self.grid_size = math.ceil(math.ceil(resolution / 2) / 2)
+        self.grid_size = math.ceil(math.ceil(resolution / 2) / stride)
         self.position = SoftPositionEmbed(C, self.grid_size)
         self.norm = nn.LayerNorm(C, eps=LAYER_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
@@ -404,7 +405,7 @@ class Trace:
     inputs: Tensor | None = None  # [B, N, D_in], normalised
     k: Tensor | None = None  # [B, N, D]
     v: Tensor | None = None  # [B, N, D]
-    states: list = field(default_factory=list)  # (slots, attn, slot_mask) when a slot may be moved or dropped
+    states: list = field(default_factory=list)  # (slots, attn, slot_mask) of most iterations
     last: tuple = ()  # slots, attn and slot_mask after the last iteration
 
 
@@ -456,7 +457,7 @@ class FramedSlotAttention(SlotAttention):
     ) -> tuple[Tensor, Tensor]:
         """Arguments and shapes as SlotAttention.forward; N = h * w positions of a square grid.
 
-        moves, drops  0: none, though the model has them (early in training); default: the constructor's
+        moves, drops  how many, fewer in training; default: the constructor's
         trace         is filled for reallocation_loss()
         """
         slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
@@ -474,8 +475,10 @@ class FramedSlotAttention(SlotAttention):
             # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
                 slots, attn = self.step(slots, k, v, slot_mask)
-                if self.moves or self.drops:
-                    slots, slot_mask = self.reallocate(slots, attn, slot_mask, inputs, k, v, t, T, moves, drops, trace)
+                if trace is not None and 2 <= t < T - 1:
+                    trace.states.append((slots, attn, slot_mask))
+                if moves or drops:
+                    slots, slot_mask = self.reallocate(slots, attn, slot_mask, inputs, k, v, t, T, moves, drops)
             attns.append(attn)
         if trace is not None:
             trace.inputs, trace.k, trace.v = inputs.detach(), k.detach(), v.detach()
@@ -508,20 +511,16 @@ class FramedSlotAttention(SlotAttention):
 
     def reallocate(
         self, slots: Tensor, attn: Tensor, slot_mask: Tensor, inputs: Tensor, k: Tensor, v: Tensor, t: int, T: int,
-        moves: int, drops: int, trace: Trace | None,
+        moves: int, drops: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Moves or drops the least needed slot after iteration t of T, if it is due: slots [B, K, D], slot_mask [B, K].
 
-        moves, drops  0: record the state for the training of the heads, but change nothing
+        moves, drops  how many there are in all
         """
-        extra = max(slots.shape[1] - self.num_slots, 0) if self.drops else 0
-        moving = 3 <= t < 3 + self.moves
-        dropping = T - 1 - self.drops - extra <= t < T - 1 and not moving
+        moving = 3 <= t < 3 + moves
+        extra = max(slots.shape[1] - self.num_slots, 0) if drops else 0
+        dropping = T - 1 - drops - extra <= t < T - 1 and not moving
         if not (moving or dropping):
-            return slots, slot_mask
-        if trace is not None:
-            trace.states.append((slots, attn, slot_mask))
-        if not (moves if moving else drops):
             return slots, slot_mask
         chosen = self.redundant_slot(slots, attn, slot_mask)
         if dropping:
@@ -951,7 +950,7 @@ def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
 # =============================================================================================
 
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
-CHECKPOINT_FORMAT = 'slot-attention/2'
+CHECKPOINT_FORMAT = 'slot-attention/3'
 # Trained weights that come with the repository, by the name of their data set.
 PRETRAINED = {path.stem: path for path in sorted((Path(__file__).parent / 'tests' / 'pretrained').glob('*.pth'))}
 

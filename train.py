@@ -97,6 +97,7 @@ MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
 HEADS_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
 SHARE_OF_DROPS = 0.25  # share of the steps with drops, see Loss
+MOVES_IN_TRAINING = 4  # at most, see Loss
 VAL_STEPS = 500  # least steps between two validations, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
@@ -150,13 +151,13 @@ def create_parser() -> Parser:
     add('num_slots', number(1), 7 + SPARE_SLOTS,
         'number of slots: at least one per object and one for the background; spare ones are dropped again')
     add('slot_dim', number(1), 64, 'size of a slot')
-    add('num_iterations', number(1), 20, 'iterations of Slot Attention')
+    add('num_iterations', number(1), 24, 'iterations of Slot Attention')
     add('hidden_dim', number(1), 64, 'channels of the hidden layers of encoder and decoder')
     add('gradient', str, 'first_order',
         'backpropagate through all iterations (full) or the last one only (first_order)', ('full', 'first_order'))
     add('damping', number(0, kind=float), 1 / 32,
         "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
-    add('moves', number(0), 4, 'iterations after which a redundant slot is moved to the largest predicted error, '
+    add('moves', number(0), 8, 'iterations after which a redundant slot is moved to the largest predicted error, '
         "'fast' only")
     add('drops', number(0), 8, "iterations after which a redundant slot is dropped, 'fast' only")
     group = parser.add_argument_group('optimisation')
@@ -587,17 +588,17 @@ class Loss:
     ) -> tuple[Tensor, Tensor | float]:
         """images [B, 3, H, W], initial slots [B, K, D], rows and columns, share of the run -> MSE [], the rest [].
 
-        The heads learn from the first step, and act from HEADS_FROM of the run on: moves in every step, drops in a
-        quarter of them. With drops in every step the decoder learns to draw two objects with the slot that is left,
-        with none to share an object among the spare slots. Iterations for what does not act are left out: more
-        iterations delay the first steps of learning.
+        The heads learn from the first step, and act from HEADS_FROM of the run on: moves in every step, but only
+        MOVES_IN_TRAINING of them to save time; drops in a quarter of the steps. With drops in every step the decoder
+        learns to draw two objects with the slot that is left, with none to share an object among the spare slots.
+        Iterations for what does not act are left out: more iterations delay the first steps of learning.
         """
         config, (begin, end) = self.model.config, MIXTURE_FROM
         weight = self.mixture * min(max((progress - begin) / (end - begin), 0.0), 1.0)
         if not config.moves and not config.drops:
             error, variance = self.error(images, slots, pixels, weight > 0)
             return error.mean(), weight * variance.mean()
-        moves = config.moves if progress >= HEADS_FROM else 0
+        moves = min(config.moves, MOVES_IN_TRAINING) if progress >= HEADS_FROM else 0
         drops = config.drops if progress >= HEADS_FROM and rng.random() < SHARE_OF_DROPS else 0
         iterations = config.num_iterations - config.moves - config.drops + moves + drops
         trace = Trace()

@@ -183,7 +183,7 @@ def test_auto_falls_back_to_an_older_checkpoint_and_runs_no_code(capsys):
     for path in LAST.parent.iterdir():
         if path != older:
             path.write_bytes(whole[: len(whole) // 2])
-    torch.save({'format': 'slot-attention/2', 'model': Malicious()}, LAST)
+    torch.save({'format': 'slot-attention/3', 'model': Malicious()}, LAST)
     capsys.readouterr()
     assert run('--resume', 'auto', '--epochs', 3) == 0
     captured = capsys.readouterr()

@@ -204,7 +204,7 @@ def test_outputs_are_named_shaped_and_normalised_as_documented():
     output = model(torch.rand(3, 3, 16, 16))
     recons, masks, slots, attn = output
     assert recons is output.recons and recons.shape == (3, 3, 16, 16)
-    assert masks.shape == (3, 5, 1, 16, 16) and slots.shape == (3, 5, 16) and attn.shape == (3, 3, 5, 4, 4)
+    assert masks.shape == (3, 5, 1, 16, 16) and slots.shape == (3, 5, 16) and attn.shape == (3, 3, 5, 8, 8)
     assert torch.allclose(masks.sum(1), torch.ones(3, 1, 16, 16), atol=1e-6)
     rgbs, decoded_masks = model.decode(slots)
     assert torch.equal(masks, decoded_masks)
@@ -579,7 +579,7 @@ def test_an_absent_slot_is_decoded_as_if_it_were_not_there():
 
 
 def test_an_absent_slot_wins_no_attention_and_changes_no_other():
-    attention, inputs, slots = small_model().slot_attention, torch.randn(2, 16, 8), torch.randn(2, 4, 16)
+    attention, inputs, slots = small_model().slot_attention, torch.randn(2, 64, 8), torch.randn(2, 4, 16)
     slot_mask = torch.tensor([[True, False, True, True]] * 2)
     with torch.no_grad():
         k, v = attention.project_k(inputs), attention.project_v(inputs)
@@ -601,11 +601,11 @@ def reallocating_model(**changes):
 
 
 def decide(monkeypatch, attention, logits):
-    """KeepHead gives these logits [K], and +inf to absent slots; ErrorHead predicts the error at position 6."""
+    """KeepHead gives these logits [K], and +inf to absent slots; ErrorHead predicts the error at position 21."""
     monkeypatch.setattr(attention.keep_head, 'forward', lambda slots, attn, slot_mask: (
         logits.expand(len(slots), -1).masked_fill(~slot_mask, math.inf)))  # fmt: skip
-    error = torch.zeros(16)
-    error[6] = 5.0  # second row, third column of 4 x 4: x 0.25, y -0.25
+    error = torch.zeros(64)
+    error[21] = 5.0  # third row, sixth column of 8 x 8: x 0.375, y -0.375
     monkeypatch.setattr(attention.error_head, 'forward', lambda inputs, *_: error.expand(len(inputs), -1))
 
 
@@ -653,17 +653,17 @@ def test_a_redundant_slot_is_moved_to_the_largest_predicted_error(monkeypatch):
     with torch.no_grad():
         slots = model(images, slots=start).slots
         assert (slots[..., 2] > 0).all()
-        there = [t for t, position in enumerate(moved) if position == pytest.approx([0.25, -0.25], abs=0.02)]
+        there = [t for t, position in enumerate(moved) if position == pytest.approx([0.375, -0.375], abs=0.02)]
         assert there[:3] == [4, 5, 6]  # after iterations 3, 4 and 5, counted from 0
         moved.clear()
         attention(model.encoder(images), start, moves=0)
-        assert not [position for position in moved if position == pytest.approx([0.25, -0.25], abs=0.02)]
+        assert not [position for position in moved if position == pytest.approx([0.375, -0.375], abs=0.02)]
 
 
 def test_only_the_heads_learn_from_the_reallocation_loss_and_all_of_them():
     model, images, trace = reallocating_model(), torch.rand(4, 3, 16, 16), Trace()
     model.encode(images, torch.randn(4, 5, 16), trace=trace)
-    assert len(trace.states) == 5
+    assert len(trace.states) == 6  # after iterations 2 to 7 of 9, counted from 0
     loss = reallocation_loss(model, images, torch.rand(4, 8, 8), trace, np.random.default_rng(0))
     loss.backward()
     for name, p in model.named_parameters():
@@ -742,7 +742,7 @@ def test_refining_that_does_not_help_is_undone():
 
 
 def test_a_framed_slot_attends_to_what_is_near():
-    attention = SlotAttentionAutoEncoder(ModelConfig(resolution=32, slot_dim=8, hidden_dim=8)).slot_attention
+    attention = SlotAttentionAutoEncoder(ModelConfig(resolution=16, slot_dim=8, hidden_dim=8)).slot_attention
     slots = torch.zeros(1, 1, 8)
     slots[..., :FRAME] = torch.tensor([0.5, -0.5, 0.3])  # right, above
     with torch.no_grad():

@@ -337,7 +337,7 @@ def test_error_and_variance_of_the_slots_are_together_their_mean_error():
 def test_the_mixture_and_the_iterations_of_the_heads_join_the_run_later(monkeypatch):
     """The variance is 1 everywhere, and the heads have no loss."""
     context = train.DistributedContext.create('cpu', 'off')
-    config = ModelConfig('fast', 16, 3, 16, 9, 8, 'first_order', moves=3, drops=2)
+    config = ModelConfig('fast', 16, 3, 16, 12, 8, 'first_order', moves=6, drops=2)
     loss, seen = train.Loss(SlotAttentionAutoEncoder(config), context, mixture=0.5), []
     with_variances = []
 
@@ -355,7 +355,8 @@ def test_the_mixture_and_the_iterations_of_the_heads_join_the_run_later(monkeypa
     seen.clear()
     for _ in range(80):
         loss(None, None, None, rng, 0.2)
-    with_drops, without = dict(num_iterations=9, moves=3, drops=2), dict(num_iterations=7, moves=3, drops=0)
+    assert train.MOVES_IN_TRAINING == 4  # of 6
+    with_drops, without = dict(num_iterations=10, moves=4, drops=2), dict(num_iterations=8, moves=4, drops=0)
     assert all(iterations in (with_drops, without) for iterations in seen) and 10 < seen.count(with_drops) < 30
 
 
