@@ -398,6 +398,9 @@ class ErrorHead(nn.Module):
         return self.mlp(self.of_inputs(inputs) + attn.transpose(1, 2) @ self.of_slots(slots) + summary)[..., 0].float()
 
 
+MOVES_IN_TRAINING = 4  # at most; more take time
+
+
 @dataclass
 class Trace:
     """What FramedSlotAttention.forward() records for the training of its heads, without gradient."""
@@ -405,7 +408,7 @@ class Trace:
     inputs: Tensor | None = None  # [B, N, D_in], normalised
     k: Tensor | None = None  # [B, N, D]
     v: Tensor | None = None  # [B, N, D]
-    states: list = field(default_factory=list)  # (slots, attn, slot_mask) of most iterations
+    states: list = field(default_factory=list)  # (slots, attn, slot_mask) where training moves or drops a slot
     last: tuple = ()  # slots, attn and slot_mask after the last iteration
 
 
@@ -475,7 +478,7 @@ class FramedSlotAttention(SlotAttention):
             # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
                 slots, attn = self.step(slots, k, v, slot_mask)
-                if trace is not None and 2 <= t < T - 1:
+                if trace is not None and (3 <= t < 3 + MOVES_IN_TRAINING or T - 1 - self.drops <= t < T - 1):
                     trace.states.append((slots, attn, slot_mask))
                 if moves or drops:
                     slots, slot_mask = self.reallocate(slots, attn, slot_mask, inputs, k, v, t, T, moves, drops)

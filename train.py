@@ -55,10 +55,10 @@ from dataset import (  # isort: skip
     flip, wrap_in_loader,
 )  # fmt: skip
 from slot_attention import (  # isort: skip
-    ALL_PIXELS, IGNORE_LABEL, PRETRAINED, AcceleratedBroadcastDecoder, CheckpointError, ConfigError, ModelConfig,
-    Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace, adjusted_rand_index,
-    build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint, reallocation_loss, refine,
-    save_checkpoint, segmentation, segmentation_scores,
+    ALL_PIXELS, IGNORE_LABEL, MOVES_IN_TRAINING, PRETRAINED, AcceleratedBroadcastDecoder, CheckpointError, ConfigError,
+    ModelConfig, Pixels, SlotAttentionAutoEncoder, SlotAttentionOutput, SpatialBroadcastDecoder, Trace,
+    adjusted_rand_index, build_model, contingency_table, damaged, decode_partial, fg_ari, load_checkpoint,
+    reallocation_loss, refine, save_checkpoint, segmentation, segmentation_scores,
 )  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
@@ -97,7 +97,6 @@ MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
 HEADS_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
 SHARE_OF_DROPS = 0.25  # share of the steps with drops, see Loss
-MOVES_IN_TRAINING = 4  # at most, see Loss
 VAL_STEPS = 500  # least steps between two validations, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 

@@ -22,7 +22,7 @@ def network_fg_ari(name: str, batch: dict[str, torch.Tensor]) -> float:
 
 def test_shapes():
     dataset = create_dataset('shapes', 'test', 64)
-    assert network_fg_ari('shapes', dataset.__getitems__(list(range(64)))) == pytest.approx(0.9474, abs=0.005)
+    assert network_fg_ari('shapes', dataset.__getitems__(list(range(64)))) == pytest.approx(0.9496, abs=0.005)
 
 
 def test_clevr6_on_eight_scenes():
@@ -33,4 +33,4 @@ def test_clevr6_on_eight_scenes():
     )
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     batch = {'image': images, 'mask': torch.from_numpy(labels).long()}
-    assert network_fg_ari('clevr6', batch) == pytest.approx(0.9473, abs=0.005)
+    assert network_fg_ari('clevr6', batch) == pytest.approx(0.9289, abs=0.005)

@@ -663,7 +663,7 @@ def test_a_redundant_slot_is_moved_to_the_largest_predicted_error(monkeypatch):
 def test_only_the_heads_learn_from_the_reallocation_loss_and_all_of_them():
     model, images, trace = reallocating_model(), torch.rand(4, 3, 16, 16), Trace()
     model.encode(images, torch.randn(4, 5, 16), trace=trace)
-    assert len(trace.states) == 6  # after iterations 2 to 7 of 9, counted from 0
+    assert len(trace.states) == 5  # after iterations 3 to 7 of 9, counted from 0
     loss = reallocation_loss(model, images, torch.rand(4, 8, 8), trace, np.random.default_rng(0))
     loss.backward()
     for name, p in model.named_parameters():
