@@ -157,7 +157,7 @@ def create_parser() -> Parser:
     add('damping', number(0, kind=float), 1 / 32,
         "share of the image's attention below which a slot is hardly updated, 'fast' only; 0: a plain weighted mean")
     add('moves', number(0), 8, 'iterations after which a redundant slot is moved to the largest predicted error, '
-        "'fast' only")
+        f"'fast' only; training does the first {MOVES_IN_TRAINING} of them")
     add('drops', number(0), 8, "iterations after which a redundant slot is dropped, 'fast' only")
     group = parser.add_argument_group('optimisation')
     add('steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
