@@ -708,8 +708,10 @@ def draw_sequence(frames: Iterable[tuple[Job, dict[str, Tensor], str]]) -> list[
 
 
 def render_sweep(job: Job) -> None:
-    num_slots = range(2, job.model.config.num_slots + 5)
-    table = sweep(job.model, job.load_batch(), num_slots, (1, 2, 3, 5, 8, 12, 16, 20), job.args.seed)
+    config = job.model.config
+    num_slots = range(2, config.num_slots + 5)
+    num_iterations = sorted({1, 2, 3, 5, 8, 12, 16, 20, config.num_iterations})
+    table = sweep(job.model, job.load_batch(), num_slots, num_iterations, job.args.seed)
     with open(job.path('sweep.csv'), 'w', newline='') as file:
         writer = csv.DictWriter(file, table[0].keys())
         writer.writeheader()

@@ -362,6 +362,17 @@ def test_edits_and_sweeps_of_a_checkpoint(capsys):
     assert Path('visualizations/sweep.png').is_file()
 
 
+def test_a_sweep_includes_the_iterations_of_the_model():
+    path = Path('logs/checkpoints/last.pth')
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, small_model(num_slots=2, num_iterations=23), data=DATA, progress={'step': 0})
+    assert run('--sweep', '--num_images', 1) == 0
+    with open('visualizations/sweep.csv') as file:
+        assert [int(row['num_iterations']) for row in csv.DictReader(file) if row['num_slots'] == '2'] == [
+            1, 2, 3, 5, 8, 12, 16, 20, 23,
+        ]  # fmt: skip
+
+
 def test_pictures_of_your_own_get_figures_and_integer_labels(capsys):
     small_checkpoint(Path('logs/checkpoints/last.pth'))
     Image.new('RGB', (50, 30), 'red').save('a.jpg')
