@@ -880,6 +880,9 @@ def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Te
     largest_slot  share of the foreground in the slot with most of it; NaN for one object, where it should be 1
     missed        share of the objects that lie mostly in the background's slot
     split         share of the foreground in neither the background's slot nor the main slot of its object
+
+    The background's slot has more than half of its pixels. The paper's architecture often divides the background among
+    all slots: then there is none.
     """
     if masks.shape[1] == 1:
         return {}
@@ -898,9 +901,10 @@ def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Te
     if has_labels:
         visible = objects.sum(2) > 0  # [B, objects]
         statistics['largest_slot'].masked_fill_(visible.sum(1) < 2, math.nan)
-        background = table[:, :1].argmax(dim=2)  # [B, 1]
-        statistics['missed'] = ((objects.argmax(2) == background) & visible).sum(1) / visible.sum(1)
-        elsewhere = objects * (torch.arange(objects.shape[2], device=objects.device) != background)[:, None]
+        background = table[:, :1] > table[:, :1].sum(dim=2, keepdim=True) / 2  # [B, 1, slots]
+        missed = (background & (objects == objects.amax(dim=2, keepdim=True))).any(dim=2) & visible  # [B, objects]
+        statistics['missed'] = missed.sum(1) / visible.sum(1)
+        elsewhere = objects * ~background
         statistics['split'] = (elsewhere.sum(2) - elsewhere.amax(2)).sum(1) / area
     return statistics
 

@@ -556,6 +556,13 @@ def test_mask_statistics_are_those_counted_by_hand():
     assert mean_statistics(wrong_masks()['missed'], labels)['missed'] == 0.5
 
 
+def test_objects_in_slots_that_share_the_background_are_not_missed():
+    labels = scene()
+    divided = (torch.arange(16) // 6).expand_as(labels)  # 6, 6 and 4 columns: no slot has half of the background
+    figures = mean_statistics(masks_of(torch.where(labels > 0, labels, divided)), labels)
+    assert figures['missed'] == 0 and figures['split'] == 0
+
+
 def _columns_of(labels):
     return [torch.where((image == label).any(0))[0] for image in labels for label in (1, 2)]
 
