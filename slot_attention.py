@@ -11,7 +11,7 @@ called "the paper" below. The file has five parts:
 
     1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is in ReconstructionError in train.py);
                          tests/test_reference.py compares it with the authors' code
-    2. The fast variant  FramedSlotAttention, KeepHead, ErrorHead, Glimpse, ImplicitDecoder: learns in minutes
+    2. The fast variant  StridedEncoder, FramedSlotAttention, KeepHead, ErrorHead, Glimpse, ImplicitDecoder
     3. Search            refine: improves the slots of one image at test time
     4. Scores            FG-ARI, ARI, mBO, mIoU
     5. Checkpoints       ModelConfig, save_checkpoint, load_checkpoint, load_model
@@ -51,17 +51,11 @@ class SlotAttention(nn.Module):
     num_slots       K, number of slots if forward() gets none
     slot_dim        D, size of a slot
     num_iterations  T, number of iterations if forward() gets none
-    gradient        'full': backpropagate through all iterations (the paper); 'first_order': through
-                    the last one only, and straight through to the initial slots (Chang et al. 2022,
-                    arXiv 2207.00787; BO-QSA, Jia et al. 2023, arXiv 2210.08990)
     """
 
-    def __init__(
-        self, input_dim: int, num_slots: int = 7, slot_dim: int = 64, num_iterations: int = 3, gradient: str = 'full'
-    ):
+    def __init__(self, input_dim: int, num_slots: int = 7, slot_dim: int = 64, num_iterations: int = 3):
         super().__init__()
-        self.num_slots, self.slot_dim = num_slots, slot_dim
-        self.num_iterations, self.gradient = num_iterations, gradient
+        self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
         self.slots_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
         self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, slot_dim))
         self.norm_inputs = nn.LayerNorm(input_dim, eps=LAYER_NORM_EPS)
@@ -96,13 +90,11 @@ class SlotAttention(nn.Module):
         slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
         T = self.num_iterations if num_iterations is None else num_iterations
         B, K, D = slots.shape
-        initial, attns = slots, []
+        attns = []
 
         inputs = self.norm_inputs(inputs)  # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
-        for t in range(T):
-            if self.gradient == 'first_order' and t == T - 1:
-                slots = slots.detach() + initial - initial.detach()  # the slots' value, the initial slots' gradient
+        for _ in range(T):
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots))  # [B, K, D]
             logits = q @ k.transpose(1, 2) * D**-0.5  # [B, K, N]
@@ -222,15 +214,13 @@ class SlotAttentionAutoEncoder(nn.Module):
         num_slots: int | None = None,
         num_iterations: int | None = None,
         generator: torch.Generator | None = None,
-        **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> slots [B, K, D], attn [B, T, K, h, w].
 
         slots           [B, K, D] initial slots; default: `num_slots` of them are sampled with `generator`
-        num_slots       K, if no slots are given; default: as in training
-        num_iterations  T; default: as in training
+        num_slots       K, if no slots are given; default: the configuration's
+        num_iterations  T; default: the configuration's
         generator       source of the noise of the initial slots, on the model's device
-        kwargs          further arguments of the Slot Attention module
 
         Raises ValueError for images that are not of the model's resolution.
         """
@@ -241,7 +231,7 @@ class SlotAttentionAutoEncoder(nn.Module):
             num_slots = self.config.num_slots if num_slots is None else num_slots
             slots = self.slot_attention.initial_slots(len(images), num_slots, generator)
         features = self.encoder(images)  # [B, N, C]
-        slots, attn = self.slot_attention(features, slots, num_iterations, **kwargs)  # [B, K, D], [B, T, K, N]
+        slots, attn = self.slot_attention(features, slots, num_iterations)  # [B, K, D], [B, T, K, N]
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
 
     def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +260,7 @@ def paper_parts(config: 'ModelConfig') -> tuple[Encoder, SlotAttention, SpatialB
     """
     return (
         Encoder(config.resolution, config.hidden_dim),
-        SlotAttention(config.hidden_dim, config.num_slots, config.slot_dim, config.num_iterations, config.gradient),
+        SlotAttention(config.hidden_dim, config.num_slots, config.slot_dim, config.num_iterations),
         SpatialBroadcastDecoder(config.resolution, config.slot_dim, config.hidden_dim),
     )
 
@@ -301,13 +291,16 @@ def coord_grid(size: int) -> Tensor:
     return (torch.arange(size) + 0.5) / size * 2 - 1
 
 
-def to_slot_frame(grid: Tensor, positions: Tensor, scales: Tensor, limit: float = 4.0) -> Tensor:
+FRAME_LIMIT = 4.0  # largest coordinate in a slot's frame, in units of its scale
+
+
+def to_slot_frame(grid: Tensor, positions: Tensor, scales: Tensor) -> Tensor:
     """Coordinates relative to each slot's position, in units of its scale.
 
     grid [R], positions [..., 2], scales [..., 1] -> [..., 2, R]: x of each column and y of each row. A tanh
-    bounds them to +-`limit`, so that functions of them stay bounded far from the slot.
+    bounds them to +-FRAME_LIMIT, so that functions of them stay bounded far from the slot.
     """
-    return limit * torch.tanh((grid - positions[..., None]) / scales[..., None] / limit)
+    return FRAME_LIMIT * torch.tanh((grid - positions[..., None]) / scales[..., None] / FRAME_LIMIT)
 
 
 class StridedEncoder(Encoder):
@@ -363,7 +356,7 @@ class KeepHead(nn.Module):
         attn = attn.float().clamp(1e-4, 1 - 1e-4)
         won = attn.sum(dim=2, keepdim=True)  # [B, K, 1]
         clearly = (attn * torch.logit(attn)).sum(dim=2, keepdim=True) / won
-        shared = (attn @ attn.transpose(1, 2) / won + 1e-3).log()  # [B, K, K]: share of one that is the other's too
+        shared = (attn @ attn.transpose(1, 2) / won + 1e-3).log()  # [B, K, K], share of one that overlaps the other
         shared = torch.stack([shared, shared.transpose(1, 2)], dim=3)  # [B, K, K, 2]
         x = torch.cat([slots, (won / attn.shape[2]).log(), attn.amax(dim=2, keepdim=True), clearly], dim=2)
         x = self.embed(x)  # [B, K, width]
@@ -403,7 +396,7 @@ MOVES_IN_TRAINING = 4  # at most; more take time
 
 @dataclass
 class Trace:
-    """What FramedSlotAttention.forward() records for the training of its heads, without gradient."""
+    """Intermediate results of FramedSlotAttention.forward(), without gradient, for reallocation_loss()."""
 
     inputs: Tensor | None = None  # [B, N, D_in], normalised
     k: Tensor | None = None  # [B, N, D]
@@ -415,7 +408,7 @@ class Trace:
 class FramedSlotAttention(SlotAttention):
     """Slot Attention with a position and a scale per slot (Invariant Slot Attention, Biza et al. 2023).
 
-    It differs from Algorithm 1 in five points:
+    It differs from Algorithm 1 in six points:
 
     frame          The first three entries of a slot are the mean position (x, y) and the standard deviation
                    of its attention. They are measured in every iteration; the rest is updated by the GRU.
@@ -428,9 +421,13 @@ class FramedSlotAttention(SlotAttention):
                    (see also Krimmel et al. 2024, arXiv 2407.04170).
     reallocation   Two slots may share an object while another slot holds two. After each of `moves` iterations
                    from the fourth on, the slot that KeepHead needs least, if it is redundant, is moved to where
-                   ErrorHead predicts the largest error. After each of the last `drops` iterations but one it is
-                   dropped, one slot at a time, so that another can take over; with more slots than in training
-                   it is so after as many more iterations. See reallocation_loss().
+                   ErrorHead predicts the largest error. After each of the last `drops` iterations before the last
+                   one, it is dropped instead: one slot at a time, so that another can take over. With more slots than
+                   in training there are as many more drops, and if the iterations do not suffice for both, fewer moves
+                   and then fewer drops. See reallocation_loss().
+    gradient       With 'first_order' it passes through the last iteration only, and straight through to the initial
+                   slots (Chang et al. 2022, arXiv 2207.00787; BO-QSA, Jia et al. 2023, arXiv 2210.08990); with 'full'
+                   through all iterations, as in the paper.
     glimpse        After the last iteration each slot reads the features around it, see Glimpse.
     """
 
@@ -438,10 +435,11 @@ class FramedSlotAttention(SlotAttention):
     REDUNDANT = 1.0  # logit of KeepHead below which a slot goes: needed with a probability of 0.64, see NEEDED_WEIGHT
 
     def __init__(
-        self, input_dim: int, grid_size: int, *args, damping: float = 0.0, moves: int = 0, drops: int = 0, **kwargs
-    ):
+        self, input_dim: int, grid_size: int, *args,
+        gradient: str = 'full', damping: float = 0.0, moves: int = 0, drops: int = 0, **kwargs,
+    ):  # fmt: skip
         super().__init__(input_dim, *args, **kwargs)
-        self.damping, self.moves, self.drops = damping, moves, drops
+        self.gradient, self.damping, self.moves, self.drops = gradient, damping, moves, drops
         if moves or drops:
             self.keep_head = KeepHead(self.slot_dim)
             self.error_head = ErrorHead(input_dim, self.slot_dim)
@@ -460,12 +458,15 @@ class FramedSlotAttention(SlotAttention):
     ) -> tuple[Tensor, Tensor]:
         """Arguments and shapes as SlotAttention.forward; N = h * w positions of a square grid.
 
-        moves, drops  how many, fewer in training; default: the constructor's
+        moves, drops  fewer in training; default: the constructor's
         trace         is filled for reallocation_loss()
         """
         slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
         T = self.num_iterations if num_iterations is None else num_iterations
         moves, drops = self.moves if moves is None else moves, self.drops if drops is None else drops
+        free = max(T - 4, 0)  # iterations after the first three and before the last
+        drops = min(drops + max(slots.shape[1] - self.num_slots, 0), free) if drops else 0
+        moves = min(moves, free - drops)
         initial, attns = slots, []
         slot_mask = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)  # all are present, [B, K]
 
@@ -473,8 +474,9 @@ class FramedSlotAttention(SlotAttention):
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
         for t in range(T):
             last = t == T - 1
-            if self.gradient == 'first_order':  # as in SlotAttention.forward
-                slots = slots.detach() + initial - initial.detach() if last else slots.detach()
+            if self.gradient == 'first_order':
+                slots = slots.detach()
+                slots = slots + initial - initial.detach() if last else slots  # the value of slots, initial's gradient
             # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
                 slots, attn = self.step(slots, k, v, slot_mask)
@@ -518,11 +520,9 @@ class FramedSlotAttention(SlotAttention):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Moves or drops the least needed slot after iteration t of T, if it is due: slots [B, K, D], slot_mask [B, K].
 
-        moves, drops  how many there are in all
+        moves, drops  how many there are in all, at most T - 4
         """
-        moving = 3 <= t < 3 + moves
-        extra = max(slots.shape[1] - self.num_slots, 0) if drops else 0
-        dropping = T - 1 - drops - extra <= t < T - 1 and not moving
+        moving, dropping = 3 <= t < 3 + moves, T - 1 - drops <= t < T - 1
         if not (moving or dropping):
             return slots, slot_mask
         chosen = self.redundant_slot(slots, attn, slot_mask)
@@ -592,7 +592,7 @@ class Glimpse(nn.Module):
     def forward(
         self, inputs: Tensor, attn: Tensor, positions: Tensor, scales: Tensor, grid: Tensor, slots: Tensor
     ) -> Tensor:
-        """What to add to the slots [B, K, D].
+        """Returns the update of the slots [B, K, D].
 
         inputs [B, N, C], attn [B, K, N], positions [B, K, 2], scales [B, K, 1], grid [w], slots [B, K, D]
         """
@@ -659,7 +659,7 @@ class ImplicitDecoder(nn.Module):
         weights = torch.cat([outer[:, :3, :-1] * wide, outer[:, 3:, :-1]], dim=1) * self.UNITS**-0.5  # [M, 4, UNITS]
         decoded = torch.baddbmm(outer[:, :, -1:], weights, hidden)  # [M, 4, H * W]
         rgbs, logit = decoded.unflatten(2, (y.shape[2], x.shape[2])).split([3, 1], dim=1)
-        x, y = x / 4, y / 4  # in [-1, 1]
+        x, y = x / FRAME_LIMIT, y / FRAME_LIMIT  # in [-1, 1]
         along_x = colour[:, :, 0:1] * x + colour[:, :, 1:2] * x.square()  # [M, 3, W]
         along_y = colour[:, :, 2:3] * y + colour[:, :, 3:4] * y.square()  # [M, 3, H]
         smooth = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(rgbs.dtype)
@@ -670,10 +670,9 @@ class ImplicitDecoder(nn.Module):
 def fast_parts(config: 'ModelConfig') -> tuple[StridedEncoder, FramedSlotAttention, ImplicitDecoder]:
     """Encoder, Slot Attention and decoder of the fast variant."""
     encoder = StridedEncoder(config.resolution, config.hidden_dim)
-    sizes = config.hidden_dim, encoder.grid_size, config.num_slots, config.slot_dim
     attention = FramedSlotAttention(
-        *sizes, config.num_iterations, config.gradient,
-        damping=config.damping, moves=config.moves, drops=config.drops,
+        config.hidden_dim, encoder.grid_size, config.num_slots, config.slot_dim, config.num_iterations,
+        gradient=config.gradient, damping=config.damping, moves=config.moves, drops=config.drops,
     )  # fmt: skip
     return encoder, attention, ImplicitDecoder(config.resolution, config.slot_dim, config.hidden_dim)
 
@@ -712,7 +711,7 @@ NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead, which raises
 
 
 def rise_allowed(images: Tensor, error: Tensor) -> Tensor:
-    """By how much the MSE [B] of images [B, 3, H, W] may rise without a slot that is not needed: [B]."""
+    """Largest increase of the MSE [B] of images [B, 3, H, W] at which a removed slot is not needed: [B]."""
     return SHARE_OF_VARIANCE * images.var(dim=(2, 3)).mean(dim=1) + SHARE_OF_ERROR * error
 
 
@@ -749,7 +748,7 @@ def try_without(
     if the error rises by more than rise_allowed().
     """
     attention = model.slot_attention
-    half = slice(int(rng.integers(2)), None, 2)
+    half = slice(int(rng.integers(min(2, len(images)))), None, 2)
     state = trace.states[rng.integers(len(trace.states))]
     images, slots, attn, slot_mask, inputs, k, v = (x[half] for x in (images, *state, trace.inputs, trace.k, trace.v))
     n, K = slots.shape[:2]
@@ -976,7 +975,7 @@ class ModelConfig:
     slot_dim        D, size of a slot
     num_iterations  T, iterations of Slot Attention; another number can be given per call
     hidden_dim      channels of the hidden layers of encoder and decoder
-    gradient        'full' or 'first_order', see SlotAttention
+    gradient        'full', or 'first_order' of the fast variant, see FramedSlotAttention
     damping         of the fast variant, see FramedSlotAttention; 0: a mean of the inputs as in Algorithm 1
     moves, drops    of the fast variant: how often a redundant slot is moved or dropped, see FramedSlotAttention
 
@@ -998,6 +997,8 @@ class ModelConfig:
         for name, allowed in (('architecture', ('fast', 'paper')), ('gradient', ('full', 'first_order'))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f'{name} must be one of {", ".join(allowed)}, not {getattr(self, name)!r}')
+        if (self.architecture, self.gradient) == ('paper', 'first_order'):
+            raise ConfigError("gradient 'first_order' belongs to the 'fast' architecture; leave it 'full' for 'paper'")
         for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')

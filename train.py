@@ -62,7 +62,7 @@ from slot_attention import (  # isort: skip
 )  # fmt: skip
 from visualize import visualize_attention_evolution, visualize_slots
 
-# What --architecture paper changes of the flags' defaults: Table 11.
+# The defaults of --architecture paper: Table 11.
 PAPER_RECIPE = dict(
     num_iterations=3, gradient='full', damping=0.0, moves=0, drops=0, optimizer='adam', mixture=0.0, pixel_stride=1,
     steps=500_000, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
@@ -160,8 +160,8 @@ def create_parser() -> Parser:
         f"'fast' only; training does the first {MOVES_IN_TRAINING} of them")
     add('drops', number(0), 8, "iterations after which a redundant slot is dropped, 'fast' only")
     group = parser.add_argument_group('optimisation')
-    add('steps', number(0), 5000, 'length of the run in steps; 0: as --epochs says')
-    add('epochs', number(0), 0, 'length of the run in passes over the training images; 0: as --steps says')
+    add('steps', number(0), 5000, 'length of the run in steps; 0: use --epochs')
+    add('epochs', number(0), 0, 'length of the run in passes over the training images; 0: use --steps')
     add('batch_size', number(1), 16, 'images per step, of all processes together')
     add('lr', number(0, kind=float), 2e-3, 'peak learning rate')
     add('warmup_steps', number(0), 300, 'steps of linear warm-up of the learning rate')
@@ -244,6 +244,8 @@ def recipe_defaults(given: dict, defaults: dict) -> dict:
     """Defaults of a new run that differ with the architecture or the data set."""
     flags = defaults | given
     resolution, num_slots = SIZES[flags['dataset']]
+    if flags['dataset'] in ('shapes', 'clevr6'):  # which have as many objects as the flag allows
+        num_slots = flags['max_objects'] + 1
     recipe = dict(
         resolution=resolution, num_slots=num_slots + SPARE_SLOTS, steps=STEPS.get(flags['dataset'], defaults['steps'])
     )
@@ -558,9 +560,9 @@ class ReconstructionError(nn.Module):
         """images [B, 3, H, W], initial slots [B, K, D], rows and columns -> error and variance [B, h, w].
 
         Both are means over the channels; without the variance, which takes time, it is 0. `kwargs` are further
-        arguments of the model's encode().
+        arguments of the model's Slot Attention module.
         """
-        slots, _ = self.model.encode(images, slots, **kwargs)
+        slots, _ = self.model.slot_attention(self.model.encoder(images), slots, **kwargs)
         rgbs, masks = decode_partial(self.model, slots, pixels)
         recons = (rgbs * masks).sum(dim=1)
         rows, columns = pixels
@@ -590,7 +592,7 @@ class Loss:
         The heads learn from the first step, and act from HEADS_FROM of the run on: moves in every step, but only
         MOVES_IN_TRAINING of them to save time; drops in a quarter of the steps. With drops in every step the decoder
         learns to draw two objects with the slot that is left, with none to share an object among the spare slots.
-        Iterations for what does not act are left out: more iterations delay the first steps of learning.
+        Iterations reserved for inactive moves or drops are skipped: more iterations delay the first steps of learning.
         """
         config, (begin, end) = self.model.config, MIXTURE_FROM
         weight = self.mixture * min(max((progress - begin) / (end - begin), 0.0), 1.0)
@@ -1150,8 +1152,8 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
     """Trains from the start or from a checkpoint to the end of the run; returns the exit status."""
     run = Run(args, context)
     progress = run.progress
-    if progress.step >= run.total_steps and progress.validated == progress.step:
-        end = f'{args.resume} is the end of a run of {progress.step} steps, {progress.epochs} epochs'
+    if progress.step > run.total_steps or progress.step == run.total_steps == progress.validated:
+        end = f'{args.resume} has done {progress.step} steps, {progress.epochs} epochs, of {run.total_steps} steps'
         if args.auto:  # a loop around this command shall end with status 0
             context.print0(f'{end}: nothing left to do')
             return 0
@@ -1182,14 +1184,16 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
                 finish_epoch(run, scores)
         except Interrupted as interrupted:
             save(run, 'last.pth')
-            if not run.save_failed:
-                last = shlex.quote(str(checkpoints / 'last.pth'))
-                context.print0(f'interrupted at step {progress.step}; to continue: python train.py --resume {last}')
+            if run.save_failed:
+                return 1
+            last = shlex.quote(str(checkpoints / 'last.pth'))
+            context.print0(f'interrupted at step {progress.step}; to continue: python train.py --resume {last}')
             return 128 + interrupted.args[0]
         flags = {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
         run.log.add_hparams(flags, {f'val/{name}': value for name, value in scores.items() if name in SCORES})
         if (checkpoints / 'best_model.pth').exists():
-            name, value = ('FG-ARI', progress.best[0]) if progress.best[0] > 0 else ('MSE', -progress.best[1])
+            unscored = math.isnan(scores.get('fg_ari', math.nan))
+            name, value = ('MSE', -progress.best[1]) if unscored else ('FG-ARI', progress.best[0])
             context.print0(f'best validation {name} {value:.4f}: {checkpoints / "best_model.pth"}')
         return int(run.save_failed)  # 1 if the final checkpoint could not be written
 

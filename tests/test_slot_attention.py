@@ -39,8 +39,8 @@ from slot_attention import (
     try_without,
 )
 
-GRADIENTS = ('full', 'first_order')
 ARCHITECTURES = ('fast', 'paper')
+GRADIENTS = (('fast', 'full'), ('fast', 'first_order'), ('paper', 'full'))
 
 
 def small_model(**changes):
@@ -124,21 +124,19 @@ def test_damping_leaves_alone_what_wins_little_and_hardly_touches_what_wins_much
 
 
 def test_gradient_modes_agree_in_the_forward_pass_and_in_the_last_iteration():
-    full, first = (module(gradient=gradient) for gradient in GRADIENTS)
+    full, first = (FramedSlotAttention(12, 3, 4, 8, gradient=g).double() for g in ('full', 'first_order'))
     first.load_state_dict(full.state_dict())
     inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
     assert torch.allclose(full(inputs, start)[0], first(inputs, start)[0])
 
     first(inputs, start)[0].square().sum().backward()
-    with torch.no_grad():
-        before_last = full(inputs, start, num_iterations=2)[0]
-    full(inputs, before_last, num_iterations=1)[0].square().sum().backward()
+    full(inputs, start, num_iterations=2, trace=(trace := Trace()))
+    full(inputs, trace.last[0], num_iterations=1)[0].square().sum().backward()
     for (name, a), b in zip(full.named_parameters(), first.parameters(), strict=True):
         assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad), name
 
 
-@pytest.mark.parametrize('gradient', GRADIENTS)
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize(('architecture', 'gradient'), GRADIENTS)
 def test_gradient_reaches_every_parameter(architecture, gradient):
     model = small_model(architecture=architecture, gradient=gradient)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -147,8 +145,7 @@ def test_gradient_reaches_every_parameter(architecture, gradient):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize('gradient', GRADIENTS)
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize(('architecture', 'gradient'), GRADIENTS)
 def test_flop_of_a_step_can_be_counted(architecture, gradient):
     """The counter's hooks expect a gradient function of every tensor that requires a gradient."""
     model = small_model(architecture=architecture, gradient=gradient)
@@ -292,6 +289,7 @@ def test_resolutions_that_can_be_produced(architecture, resolution):
         (dict(architecture='paper', moves=1), "moves belongs to the 'fast' architecture"),
         (dict(moves=4, drops=4, gradient='first_order', num_iterations=8), 'num_iterations of at least 12'),
         (dict(moves=1, num_iterations=8), "need gradient 'first_order'"),
+        (dict(architecture='paper', gradient='first_order'), "gradient 'first_order' belongs to the 'fast'"),
     ],
 )
 def test_configurations_that_make_no_model_are_refused(changes, message):
@@ -614,7 +612,7 @@ def test_redundant_slots_are_dropped_one_at_a_time_the_least_needed_first(monkey
     decide(monkeypatch, model.slot_attention, torch.tensor([-1.0, 2.0, -3.0, 0.5, -2.0]))
     with torch.no_grad():
         _, masks, slots, attn = model(images, slots=start)
-        _, early_masks, *_ = model(images, slots=start, num_iterations=4)
+        _, early_masks, *_ = model(images, slots=start, num_iterations=6)
     assert (masks.amax((2, 3, 4)) > 0).equal(torch.tensor([[True, True, False, True, False]] * 2))
     assert (slots[..., 2] > 0).equal(masks.amax((2, 3, 4)) > 0)
     absent = (attn.amax((3, 4)) == 0)[0]  # [T, K]
@@ -625,10 +623,32 @@ def test_redundant_slots_are_dropped_one_at_a_time_the_least_needed_first(monkey
 
 def test_with_more_slots_than_in_training_as_many_more_are_dropped(monkeypatch):
     model, images = reallocating_model(num_iterations=12), torch.rand(2, 3, 16, 16)
-    for K, left in ((4, 2), (5, 3), (8, 3), (11, 6)):  # 2 + (K - 5) drops, at most 5 after the moves
+    for K, left in ((4, 2), (5, 3), (8, 3), (11, 3), (14, 6)):  # 2 + (K - 5) drops, at most 8 of 12 iterations
         decide(monkeypatch, model.slot_attention, torch.full((K,), -1.0))
         slots = model(images, num_slots=K).slots
         assert (slots[..., 2] > 0).sum(1).tolist() == [left, left], K
+
+
+def test_reallocation_leaves_the_first_and_the_last_iterations_alone(monkeypatch):
+    """With few iterations there are fewer moves, then fewer drops: a slot that has just moved has no attention yet."""
+    model, images = reallocating_model(moves=3, drops=2), torch.rand(2, 3, 16, 16)
+    attention, reallocate = model.slot_attention, model.slot_attention.reallocate
+    decide(monkeypatch, attention, torch.full((5,), -1.0))
+
+    def watched(slots, attn, slot_mask, *args):
+        new, new_mask = reallocate(slots, attn, slot_mask, *args)
+        if not torch.equal(new, slots):
+            moved.append(args[3])
+        if not torch.equal(new_mask, slot_mask):
+            dropped.append(args[3])
+        return new, new_mask
+
+    monkeypatch.setattr(attention, 'reallocate', watched)
+    moves_and_drops = {3: ([], []), 4: ([], []), 5: ([], [3]), 6: ([], [3, 4]), 8: ([3, 4], [5, 6])}
+    for T, expected in moves_and_drops.items():
+        moved, dropped = [], []
+        model(images, num_iterations=T)
+        assert (moved, dropped) == expected, T
 
 
 def test_needed_slots_and_the_last_one_stay(monkeypatch):
@@ -662,7 +682,7 @@ def test_a_redundant_slot_is_moved_to_the_largest_predicted_error(monkeypatch):
 
 def test_only_the_heads_learn_from_the_reallocation_loss_and_all_of_them():
     model, images, trace = reallocating_model(), torch.rand(4, 3, 16, 16), Trace()
-    model.encode(images, torch.randn(4, 5, 16), trace=trace)
+    model.slot_attention(model.encoder(images), torch.randn(4, 5, 16), trace=trace)
     assert len(trace.states) == 5  # after iterations 3 to 7 of 9, counted from 0
     loss = reallocation_loss(model, images, torch.rand(4, 8, 8), trace, np.random.default_rng(0))
     loss.backward()
@@ -676,7 +696,7 @@ def test_a_slot_is_needed_if_the_error_rises_without_it(monkeypatch):
     model, trace = reallocating_model(num_slots=3, moves=0, num_iterations=9), Trace()
     images = torch.full((2, 3, 16, 16), -1.0)
     images[..., 8:] = 1.0
-    model.encode(images, torch.randn(2, 3, 16), trace=trace)
+    model.slot_attention(model.encoder(images), torch.randn(2, 3, 16), trace=trace)
     rng, seen = np.random.default_rng(0), {}
 
     def decode(model, slots, pixels):  # slot 0 has the left half, slot 1 the right half, slot 2 nothing

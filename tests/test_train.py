@@ -365,8 +365,7 @@ def test_bfloat16_autocast_trains(capsys):
     assert 'bfloat16' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('gradient', ['full', 'first_order'])
-@pytest.mark.parametrize('architecture', ['fast', 'paper'])
+@pytest.mark.parametrize(('architecture', 'gradient'), [('fast', 'full'), ('fast', 'first_order'), ('paper', 'full')])
 def test_the_gradient_reaches_every_parameter_in_bfloat16(architecture, gradient):
     context = train.DistributedContext.create('cpu', 'on')
     model = context.place(SlotAttentionAutoEncoder(ModelConfig(architecture, 16, 3, 16, 3, 8, gradient)))
@@ -454,10 +453,34 @@ def test_flags_that_contradict_the_checkpoint_are_refused_with_both_values(capsy
         error = capsys.readouterr().err
         assert f'--{flag} {given} contradicts' in error and f'{flag} {saved}' in error and error.count('\n') == 1
     assert run('--resume', 'logs/checkpoints/last.pth') == 2
-    assert 'is the end of a run of 6 steps, 1 epochs; give a larger --steps or --epochs' in capsys.readouterr().err
+    assert 'has done 6 steps, 1 epochs, of 6 steps; give a larger --steps or --epochs' in capsys.readouterr().err
     assert Path('logs/checkpoints/last.pth').read_bytes() == before
     assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 2, '--lr', 1e-5) == 0
     assert 'lr: 0.002 in the checkpoint, 1e-05 from now on' in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_to_a_step_behind_it(capsys):
+    run(*SMALL, '--epochs', 2)
+    checkpoint = torch.load('logs/checkpoints/last.pth')
+    checkpoint['training']['progress']['validated'] = 6  # as if interrupted at step 12, before the validation
+    torch.save(checkpoint, 'logs/checkpoints/last.pth')
+    for steps in (4, 6, 8):
+        capsys.readouterr()
+        assert run('--resume', 'logs/checkpoints/last.pth', '--epochs', 0, '--steps', steps) == 2
+        assert f'has done 12 steps, 2 epochs, of {steps} steps; give a larger' in capsys.readouterr().err
+
+
+def test_single_images_are_a_batch(capsys):
+    assert run(*SMALL, '--batch_size', 1, '--epochs', 1) == 0
+
+
+def test_the_number_of_slots_follows_from_the_largest_number_of_objects():
+    for flags, expected in (
+        (['--max_objects', '10'], 15), (['--dataset', 'clevr6', '--max_objects', '10'], 15), ([], 11),
+        (['--dataset', 'tetrominoes', '--max_objects', '10'], 8), (['--max_objects', '10', '--num_slots', '3'], 3),
+        (['--architecture', 'paper', '--dataset', 'clevr6', '--max_objects', '10'], 11),
+    ):  # fmt: skip
+        assert train.parse_args(flags).num_slots == expected, flags
 
 
 def test_a_model_without_training_state_is_not_resumed(capsys):
