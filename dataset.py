@@ -485,10 +485,13 @@ def walk(folder: Path, leave_out: Path | None = None) -> dict[Path, str]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         found += [Path(parent, name) for name in names if not name.startswith('.')]
-    found = [path for path in found if path.suffix.lower() in PICTURES and path.is_file()]
-    split = re.compile('([0-9]+)').split  # digits have odd indices
-    found.sort(key=lambda path: [int(s) if i % 2 else s for i, s in enumerate(split(str(path)))])
+    found = sorted((path for path in found if path.suffix.lower() in PICTURES and path.is_file()), key=natural_key)
     return {path: path.relative_to(folder).with_suffix('').as_posix().lower() for path in found}
+
+
+def natural_key(path: Path) -> list[str | int]:
+    """A sort key that compares the numbers in a path by value: frame2 before frame10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split('([0-9]+)', str(path)))]
 
 
 def split_by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
@@ -531,7 +534,13 @@ class PictureFolder(ImagesInMemory):
         folder, mask_dir, self.resolution = Path(folder), Path(mask_dir) if mask_dir else None, resolution
         for flag, path in (('data_dir', folder), ('mask_dir', mask_dir)):
             require(path is None or path.is_dir(), f'no folder {path}; --{flag} must name an existing folder')
+        if mask_dir and mask_dir.samefile(folder):  # masks beside the pictures
+            mask_dir = None
         mask_of, alone = find_masks(folder, mask_dir)
+        reason = (
+            f'no mask in {mask_dir} has the name of a picture in {folder}; rename the masks or leave out --mask_dir'
+        )
+        require(mask_dir is None or any(mask_of.values()), reason)
         formats = ', '.join(PICTURES)
         require(len(mask_of) >= 3, f'{folder} holds {len(mask_of)} pictures ({formats}); at least 3 are needed')
         names = {path: path.relative_to(folder).as_posix() for path in mask_of}
@@ -706,8 +715,7 @@ def prepare(
         remove_leftovers(path.parent, raw)
         with FileForHDF5(part, 'w+') as output:
             with h5py.File(output, 'w') as file:
-                file.attrs.update(source=str(raw), resolution=resolution, max_objects=max_objects, variant=variant)
-                file.attrs['window'] = str(source.window)
+                file.attrs.update(dataset=dataset, variant=variant, resolution=resolution, max_objects=max_objects)
                 seen = write_scenes(file, scenes, resolution, max_objects, limit, check=output.raise_error)
                 if raw.is_file():
                     ends = np.cumsum(SHARES) * (seen if limit is None else count_records(raw, source))
@@ -800,6 +808,10 @@ class PreparedDataset(ImagesInMemory):
         try:
             with h5py.File(path) as file:
                 self.resolution, self.max_objects = int(file.attrs['resolution']), int(file.attrs['max_objects'])
+                self.variant, self.dataset = (
+                    str(file.attrs['variant']),
+                    file.attrs.get('dataset'),
+                )  # None: an older file
                 self.names = ('image', 'mask') if 'mask' in file else ('image',)
                 self.fingerprint = digest(*(file[name][:].tobytes() for name in ('record', 'split', 'num_objects')))
                 self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
@@ -854,9 +866,11 @@ def create_dataset(
         if not path.exists():
             prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
     dataset = PreparedDataset(path, split, size)
-    for name, wanted in (('resolution', resolution), ('max_objects', max_objects)):
-        value = getattr(dataset, name)
-        require(value == wanted, f'{path} was prepared with {name} {value}, not {wanted}; use --{name} {value}')
+    wanted = dict(dataset=dataset_type, variant=variant, resolution=resolution, max_objects=max_objects)
+    for name, value in wanted.items():
+        found = getattr(dataset, name)
+        same = found == value or (name == 'dataset' and found is None)
+        require(same, f'{path} was prepared with {name} {found}, not {value}; use --{name} {found}')
     return dataset
 
 

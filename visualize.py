@@ -16,14 +16,13 @@
 
 Figure functions take tensors (images in [-1, 1], shapes as in slot_attention.py) and return a matplotlib
 Figure, which is saved if `save_path` is given (.png, .svg or .pdf). A slot has the same number and colour in
-every panel. The background's slot, the largest, is grey and drawn last; empty slots are dimmed. The figures
-are transparent, with grey text that is readable on light and dark pages.
+every panel. The background's slot, the largest, is grey and drawn last; slots that win less than 0.2 % of the
+image are left out or dimmed. The figures are transparent, with grey text that is readable on light and dark pages.
 """
 
 import argparse
 import csv
 import os
-import re
 import shlex
 import signal
 import sys
@@ -54,7 +53,17 @@ from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dataset import DataError, Parser, create_dataset, find_pictures, open_picture, read_picture, to_batch
+from dataset import (
+    SOURCE_FLAGS,
+    DataError,
+    Parser,
+    create_dataset,
+    find_pictures,
+    natural_key,
+    open_picture,
+    read_picture,
+    to_batch,
+)
 from slot_attention import (
     IGNORE_LABEL,
     PRETRAINED,
@@ -78,6 +87,7 @@ STYLE = {
     'figure.dpi': 100, 'figure.facecolor': 'none', 'axes.facecolor': 'none', 'axes.edgecolor': TEXT,
     'axes.spines.top': False, 'axes.spines.right': False, 'text.color': TEXT, 'axes.labelcolor': TEXT,
     'svg.fonttype': 'none', 'pdf.fonttype': 42,  # text in vector files remains text
+    'text.parse_math': False,  # titles contain file names
 }  # fmt: skip
 EMPTY = 0.002  # a slot is empty if its mask is the largest in a smaller share of the image
 ERROR_SCALE = 4  # errors are multiplied by this to be visible
@@ -107,7 +117,7 @@ def visualize_slots(
     masks           [B, K, 1, H, W]
     rgbs            [B, K, 3, H, W], colours of each slot (from model.decode); default: the reconstruction's
     labels          [B, H, W], true labels; adds the FG-ARI of each image and its mean
-    empty_slots     draw slots without pixels too, so that figures of any masks have the same size
+    empty_slots     draw slots with less than EMPTY of the pixels too, so that figures of any masks have the same size
 
     A slot's panel shows its colours times its mask on white. Raises ValueError for other shapes.
     """
@@ -553,7 +563,7 @@ def crop_box(width: int, height: int, dataset_type: str | None) -> tuple[float, 
     """
     side, middle = min(width, height), height / 2
     if dataset_type == 'clevr6' and width > height:
-        side, middle = min(width, height * 192 / 240), height * 125 / 240
+        side, middle = height * 192 / 240, height * 125 / 240
     return (width - side) / 2, middle - side / 2, (width + side) / 2, middle + side / 2
 
 
@@ -586,7 +596,7 @@ def save_segmentation(
 
 @dataclass
 class Job:
-    """A model and what to draw with it."""
+    """A model, its data and the paths of its figures."""
 
     model: SlotAttentionAutoEncoder
     data: dict  # arguments of create_dataset()
@@ -688,11 +698,6 @@ def render_frames(job: Job) -> None:
     save_gif(draw_sequence(frames), job.path('frames.gif'), milliseconds=200)
 
 
-def natural_key(path: Path) -> list[str | int]:
-    """A sort key that compares the numbers in a path by value."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', str(path))]
-
-
 def draw_sequence(frames: Iterable[tuple[Job, dict[str, Tensor], str]]) -> list[Figure]:
     """A sheet of slots for each job, batch and title; slots are numbered as the most similar ones of the previous."""
     figures, previous = [], None
@@ -754,10 +759,12 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
         raise damaged(path, error) from error
     if not data and not (args.image or args.frames):
         raise CheckpointError(f'{path} does not say what data it was trained on; give pictures with --image')
-    if args.data_dir is not None:
-        if data.get('dataset_type') == 'shapes':
-            raise CheckpointError(f'--data_dir has no effect: {path} was trained on shapes; leave it out')
-        data['data_dir'] = str(args.data_dir)
+    for name in ('data_dir', 'mask_dir'):
+        if (value := getattr(args, name)) is not None:
+            source = data.get('dataset_type')
+            if name not in SOURCE_FLAGS.get(source, ()):
+                raise CheckpointError(f'--{name} has no effect: {path} was trained on {source}; leave it out')
+            data[name] = str(value)
     return Job(model, data, step, args)
 
 
@@ -787,9 +794,11 @@ def create_parser() -> Parser:
     add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
         'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')
     add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
+    add(group, 'mask_dir', 'folder of the masks of your own pictures (default: as in training)', type=Path,
+        metavar='PATH')
     add(group, 'num_images', 'number of validation images (default: 8; with --sweep 32)', type=int, metavar='N')
-    add(group, 'num_slots', 'number of slots (default: as in training)', type=int, metavar='N')
-    add(group, 'num_iterations', 'iterations of Slot Attention (default: as in training)', type=int, metavar='N')
+    add(group, 'num_slots', 'number of slots (default: of the checkpoint)', type=int, metavar='N')
+    add(group, 'num_iterations', 'iterations of Slot Attention (default: of the checkpoint)', type=int, metavar='N')
     add(group, 'search', 'improve the slots of each image by gradient descent on its reconstruction error',
         action='store_true')
     add(group, 'seed', 'seed of the initial slots', type=int, default=0, metavar='N')
@@ -803,13 +812,14 @@ def create_parser() -> Parser:
 # Flags that have no effect with another flag.
 UNUSED = {
     'gif': ('search', 'format'),
-    'frames': ('image', 'data_dir', 'num_images', 'format'),
+    'frames': ('image', 'data_dir', 'mask_dir', 'num_images', 'format'),
     'sweep': ('num_slots', 'num_iterations', 'search'),
     'training': (
         'checkpoint',
         'pretrained',
         'image',
         'data_dir',
+        'mask_dir',
         'num_images',
         'num_slots',
         'num_iterations',
@@ -818,7 +828,7 @@ UNUSED = {
     ),
     'checkpoint': ('log_dir', 'pretrained'),
     'pretrained': ('log_dir',),
-    'image': ('data_dir', 'num_images'),
+    'image': ('data_dir', 'mask_dir', 'num_images'),
 }
 
 

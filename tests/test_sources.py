@@ -198,6 +198,15 @@ def test_a_file_named_as_data_dir_must_match_the_request(clevr_dir):
         create_dataset('clevr6', 'train', None, 32, data_dir=path)
     with pytest.raises(DataError, match='was prepared with max_objects 6, not 10'):
         create_dataset('clevr6', 'train', None, 16, max_objects=10, data_dir=path)
+    with pytest.raises(DataError, match='was prepared with dataset clevr6, not objects_room; use --dataset clevr6'):
+        create_dataset('objects_room', 'train', None, 16, data_dir=path)
+    with h5py.File(path, 'a') as file:
+        file.attrs.update(dataset='multi_dsprites', variant='binarized')
+    with pytest.raises(DataError, match='was prepared with variant binarized, not colored_on_grayscale'):
+        create_dataset('multi_dsprites', 'train', None, 16, data_dir=path)
+    with h5py.File(path, 'a') as file:  # as prepared before the attribute existed
+        del file.attrs['dataset']
+    assert len(create_dataset('multi_dsprites', 'train', None, 16, data_dir=path, variant='binarized')) > 0
     with pytest.raises(DataError, match=r'no file .*other.h5'):
         create_dataset('clevr6', 'train', None, 16, data_dir=clevr_dir / 'other.h5')
     with pytest.raises(DataError, match=r'must name the folder that contains .*tfrecords, not the file'):
@@ -571,6 +580,7 @@ def all_splits(folder='folder', resolution=36, **kwargs) -> list[PictureFolder]:
     ('picture', 'mask', 'folder', 'mask_dir'),
     [
         ('a{:02}.png', 'a{:02}_mask.png', 'folder', None),
+        ('a{:02}.png', 'a{:02}_mask.png', 'folder', 'folder'),
         ('a{:02}.png', 'a{:02}_Mask.PNG', 'folder', None),
         ('images/a{:02}.png', 'masks/a{:02}.png', 'folder', None),
         ('Images/a{:02}.png', 'MASKS/a{:02}_mask.png', 'folder', None),
@@ -589,6 +599,12 @@ def test_masks_are_found_beside_and_in_a_parallel_folder(capsys, picture, mask, 
         assert ((part.images[..., 0] > 127) == (part.labels == 1)).mean() > 0.99
         assert f'{len(part)} with a mask' in str(part)
     assert not capsys.readouterr().err
+
+
+def test_a_mask_dir_without_the_mask_of_any_picture_is_refused():
+    draw_folder('images/a{:02}.png', 'labels/b{:02}.png')
+    with pytest.raises(DataError, match=r'no mask in folder/labels has the name of a picture in folder/images'):
+        PictureFolder('folder/images', 'train', resolution=36, mask_dir='folder/labels')
 
 
 def test_photographs_of_masks_are_pictures():

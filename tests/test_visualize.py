@@ -524,6 +524,19 @@ def test_a_picture_for_other_models_is_cropped_at_the_centre(monkeypatch, datase
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_pictures_and_masks_that_were_moved_are_named_by_flags(capsys):
+    for folder in ('pictures', 'labels'):
+        Path(folder).mkdir()
+    for n in range(3):
+        Image.new('RGB', (16, 16), 'red').save(f'pictures/{n}.png')
+        Image.new('L', (16, 16), 1).save(f'labels/{n}.png')
+    data = dict(dataset_type='images', data_dir='gone', mask_dir='gone', resolution=16)
+    small_checkpoint(Path('logs/checkpoints/last.pth'), data=data)
+    assert run('--data_dir', 'pictures') == 2
+    assert 'no folder gone; --mask_dir must name' in capsys.readouterr().err
+    assert run('--data_dir', 'pictures', '--mask_dir', 'labels') == 0
+
+
 def two_slots_and_background(job, images):
     """Slot 1: the left quarter of the image, slot 3: the right quarter, slot 2: the rest."""
     labels = torch.ones(len(images), 16, 16, dtype=torch.long)
@@ -567,7 +580,7 @@ def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsy
     small_checkpoint(Path('logs/checkpoints/last.pth'))
     Path('frames').mkdir()
     for n in (1, 2, 10):
-        Image.new('RGB', (16, 16), (20 * n, 0, 0)).save(f'frames/frame{n}.png')
+        Image.new('RGB', (16, 16), (20 * n, 0, 0)).save(f'frames/f$_${n}.png')  # no formula
     Path('frames/frame3.png').write_text('no picture')
     seen = []
 
@@ -577,7 +590,7 @@ def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsy
 
     monkeypatch.setattr(visualize, 'visualize_slots', watched)
     assert run('--frames', 'frames') == 0
-    assert seen == [(20, 'frame1.png'), (40, 'frame2.png'), (200, 'frame10.png')]
+    assert seen == [(20, 'f$_$1.png'), (40, 'f$_$2.png'), (200, 'f$_$10.png')]
     error = capsys.readouterr().err
     assert 'frames/frame3.png' in error and error.startswith('skipped') and error.count('\n') == 1
 
@@ -650,6 +663,7 @@ def test_mistakes_on_the_command_line_cost_one_line(capsys, argv):
         (['--frames', 'my frames'], ['no pictures in my frames', '.png', '--frames']),
         (['--gif', '--checkpoint', 'my frames'], ['no checkpoints in my frames', 'python train.py --save_every 1']),
         (['--checkpoint', 'shapes.pth', '--data_dir', 'data'], ['--data_dir has no effect', 'shapes']),
+        (['--checkpoint', 'shapes.pth', '--mask_dir', 'data'], ['--mask_dir has no effect', 'shapes']),
         (['--checkpoint', 'bare.pth'], ['bare.pth', '--image']),
         (['--checkpoint', 'newer.pth'], ['the data of the checkpoint', 'colours']),
     ],
