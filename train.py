@@ -179,8 +179,8 @@ def create_parser() -> Parser:
     add('val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
     add('save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
     add('save_minutes', number(0, kind=float), 5.0, 'minutes between two writes of last.pth')
-    add('pretrained', str, None, 'with --eval: weights that come with the repository, by the name of their data '
-        'set', tuple(PRETRAINED))
+    add('pretrained', str, None, 'with --eval: weights that come with the repository, by data set; paper_: of the '
+        "paper's architecture", tuple(PRETRAINED))
     add('resume', Path, None,
         'checkpoint, or folder of a run, to continue or to score with --eval; auto: the newest in --log_dir. '
         'best_model.pth has the highest validation FG-ARI, so labels chose it; quote results from last.pth')

@@ -789,7 +789,8 @@ def create_parser() -> Parser:
     add(modes, 'training', 'training curves of all runs under --log_dir', action='store_true')
     group = parser.add_argument_group('input')
     add(group, 'checkpoint', 'file or folder of a run (default: the newest under --log_dir)', type=Path, metavar='PATH')
-    add(group, 'pretrained', 'weights that come with the repository, by the name of their data set', choices=PRETRAINED)
+    add(group, 'pretrained', "weights that come with the repository, by data set; paper_: of the paper's architecture",
+        choices=PRETRAINED)
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
     add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
         'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')

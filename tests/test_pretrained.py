@@ -20,6 +20,13 @@ def network_fg_ari(name: str, batch: dict[str, torch.Tensor]) -> float:
     return segmentation_scores(batch['mask'], masks)['fg_ari'].nanmean().item()
 
 
+@pytest.mark.parametrize('name', PRETRAINED)
+def test_the_weights_are_small_and_make_a_model(name):
+    assert PRETRAINED[name].stat().st_size < 1e6
+    config = load_model(PRETRAINED[name]).config
+    assert (config.architecture == 'paper') == name.startswith('paper_')
+
+
 def test_shapes():
     dataset = create_dataset('shapes', 'test', 64)
     assert network_fg_ari('shapes', dataset.__getitems__(list(range(64)))) == pytest.approx(0.9496, abs=0.005)
