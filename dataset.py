@@ -69,6 +69,7 @@ DATASETS = tuple(SIZES)
 SPLITS = ('train', 'val', 'test')
 IGNORE = 255  # the label of pixels that are left out of every score
 RESOLUTIONS = (16, 256)  # smallest and largest
+MANY_LABELS = 50  # in a mask: more are reported
 SHAPES = ('circle', 'square', 'triangle')
 SHAPES_SIZE = 10_000  # default number of training images
 
@@ -472,6 +473,14 @@ def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, P
     return mask_of, sorted(set(by_key.values()) - set(mask_of.values()))
 
 
+def masks_by_name(folder: Path, pictures: list[Path]) -> list[Path]:
+    """The pictures that seem to be masks: they are called so, or are the PNG of a name that another picture has."""
+    keys = {path: path.relative_to(folder).with_suffix('').as_posix().lower() for path in pictures}
+    counts = Counter(keys.values())
+    called = re.compile('(^|[^a-z])(masks?|labels?|seg[a-z]*|gt)([^a-z]|$)')
+    return [p for p, key in keys.items() if called.search(key) or (counts[key] > 1 and p.suffix.lower() == '.png')]
+
+
 def walk(folder: Path, leave_out: Path | None = None) -> dict[Path, str]:
     """Returns picture files in natural order, each with its path relative to `folder` in lower case, without ending.
 
@@ -553,11 +562,15 @@ class PictureFolder(ImagesInMemory):
         self.problems = []
         if split == 'train':  # report masks without a picture once, not for each split
             self.problems += [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
+            if not any(mask_of.values()) and (alike := masks_by_name(folder, list(mask_of))):
+                remedy = 'give their folder as --mask_dir, or call them NAME_mask.png'
+                self.problems.append(f'{len(alike)} pictures such as {alike[0]} may be masks; if so, {remedy}')
         with ThreadPool() as pool:  # PIL decodes without holding the interpreter lock
             read = pool.imap(lambda path: self._read(path, mask_of[path]), paths)
             read = tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
             found = [pair for pair in read if pair is not None]
-        require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read')
+        reason = 'delete or repair them, and other pictures take their place'
+        require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read; {reason}')
         images, labels = zip(*found, strict=True)
         self.images = np.stack(images)
         self.num_masks = sum(mask is not None for mask in labels)
@@ -567,6 +580,9 @@ class PictureFolder(ImagesInMemory):
             if not (self.labels % IGNORE).any():
                 remedy = f'number objects from 1: 0 is the background, and {IGNORE} marks pixels that no score counts'
                 self.problems.append(f'no {split} mask has an object; {remedy}')
+            if smoothed := sum(mask is not None and len(np.unique(mask)) > MANY_LABELS for mask in labels):
+                remedy = 'if they were resized, do it again with Image.Resampling.NEAREST'
+                self.problems.append(f'{smoothed} {split} masks have more than {MANY_LABELS} labels; {remedy}')
         report(self.problems)
 
     def __str__(self) -> str:
@@ -925,7 +941,8 @@ def create_dataloader(
     options = (resolution, max_objects, min_objects, data_seed, data_dir, variant, mask_dir)
     train = create_dataset(dataset_type, 'train', train_size, *options)
     val = create_dataset(dataset_type, 'val', val_size, *options)
-    require(batch_size <= len(train), f'batch_size ({batch_size}) must not exceed the {len(train)} training images')
+    reason = f'batch_size ({batch_size}) must not exceed the {len(train)} training images; use a smaller --batch_size'
+    require(batch_size <= len(train), reason)
     return (
         wrap_in_loader(train, batch_size, True, seed, num_workers, pin_memory, rank, world_size),
         wrap_in_loader(val, batch_size, False, pin_memory=pin_memory, rank=rank, world_size=world_size),

@@ -23,6 +23,7 @@ positions of the encoder's feature grid, C feature channels, H x W pixels.
 import io
 import math
 import os
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -1068,6 +1069,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
             'model': dict(checkpoint['model']),
             'training': dict(checkpoint['training']),
         }
+    except pickle.UnpicklingError as error:  # whose text advises to load it without weights_only
+        raise damaged(path, ValueError('no checkpoint of train.py')) from error
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise damaged(path, error) from error
 

@@ -259,6 +259,8 @@ def checkpoint_defaults(path: Path, given: dict) -> dict:
     """Defaults of a resumed run: its own flags. Raises CheckpointError, and ConfigError for a contradiction."""
     saved = load_flags(path)
     scoring = 'eval' in given
+    if given.get('data_dir', saved.get('data_dir')) != saved.get('data_dir'):
+        saved['mask_dir'] = ''  # the masks in the saved one are those of other pictures
     for name, value in saved.items():
         new = given.get(name, value)
         if new == value:
@@ -1115,11 +1117,11 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
     names = [name for name in SCORES if name in network]
     context.print0(
         f'{args.resume}, step {checkpoint["training"]["progress"]["step"]}\n'
-        f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations\n\n'
-        + ' ' * 10 + ''.join(f'{SCORES[name]:>13}' for name in names)
-    )  # fmt: skip
+        f'{len(test)} test images of {args.dataset}, {args.num_slots} slots, {args.num_iterations} iterations'
+    )
     if (scored := round(len(test) * network.get('scored', 1))) < len(test):
-        context.print0(f'{scored} of the images have a mask with objects: the others count in the MSE only')
+        context.print0(f'{scored} of the images have a mask with objects: FG-ARI, mBO and mIoU are of these')
+    context.print0('\n' + ' ' * 10 + ''.join(f'{SCORES[name]:>13}' for name in names))
     for row, scores in rows.items():
         cells = (f'{scores[name]:13.4f}' if name in scores else f'{"":13}' for name in names)
         context.print0(f'{row:10}{"".join(cells)}')

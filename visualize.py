@@ -54,6 +54,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from dataset import (
+    PICTURES,
     SOURCE_FLAGS,
     DataError,
     Parser,
@@ -87,7 +88,6 @@ STYLE = {
     'figure.dpi': 100, 'figure.facecolor': 'none', 'axes.facecolor': 'none', 'axes.edgecolor': TEXT,
     'axes.spines.top': False, 'axes.spines.right': False, 'text.color': TEXT, 'axes.labelcolor': TEXT,
     'svg.fonttype': 'none', 'pdf.fonttype': 42,  # text in vector files remains text
-    'text.parse_math': False,  # titles contain file names
 }  # fmt: skip
 EMPTY = 0.002  # a slot is empty if its mask is the largest in a smaller share of the image
 ERROR_SCALE = 4  # errors are multiplied by this to be visible
@@ -208,8 +208,9 @@ def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePat
     runs = {}
     for folder in log_dirs:
         events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
-        if curves := {tag: events.Scalars(tag) for tag in CURVES if tag in events.Tags()['scalars']}:
-            runs[str(folder)] = curves
+        tags = [tag for tag in CURVES if tag in events.Tags()['scalars']]
+        if curves := {tag: points for tag in tags if (points := events.Scalars(tag))}:  # none after an earlier restart
+            runs[str(folder).replace('$', r'\$')] = curves  # a name is no formula
     if not runs:
         raise ValueError(f'no training curves in {", ".join(map(str, log_dirs))}')
     columns = max(1, int(12 / (0.8 + 0.08 * max(map(len, runs)))))  # of the legend, which is below the plots
@@ -222,7 +223,8 @@ def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePat
             points = curves.get(tag, [])
             steps, minutes = [p.step for p in points], [(p.wall_time - start) / 60 for p in points]
             for ax, x in zip(axes[:, column], (steps, minutes), strict=True):
-                ax.plot(x, [p.value for p in points], label=name, marker='.' * (tag == 'val/fg_ari'), **style)
+                marker = '.' if tag == 'val/fg_ari' or len(points) == 1 else ''
+                ax.plot(x, [p.value for p in points], label=name, marker=marker, **style)
     for (row, column), ax in np.ndenumerate(axes):
         tag = list(CURVES)[column]
         ax.set(xlabel=('steps', 'minutes')[row], ylabel=CURVES[tag], yscale='log' if tag == 'train/loss' else 'linear')
@@ -538,7 +540,9 @@ def _sheet(rows: list[list[Panel]], notes: list[str] | None, title: str | None, 
         if notes:
             ax.text(left - 0.1, y + panel / 2, notes[i], ha='right', va='center', fontsize=12)
     if title:
-        ax.text(width / 2, 0.2, title, ha='center', va='center', fontsize=14, weight='bold')
+        # A title may be a file name: no formula, and no character that cannot be drawn.
+        title = ''.join(c if c.isprintable() else '?' for c in title)
+        ax.text(width / 2, 0.2, title, ha='center', va='center', fontsize=14, weight='bold', parse_math=False)
     ax.set(xlim=(0, width), ylim=(tops[-1] + 0.04, 0), aspect='equal')
     ax.set_axis_off()
     return _saved(fig, save_path)
@@ -578,7 +582,8 @@ def save_segmentation(
 
     Values: 0 for the background's slot, the number in the figures for the others, IGNORE_LABEL outside of the box.
     """
-    K, (left, top, right, bottom) = len(masks), map(round, box)
+    K, left, top = len(masks), round(box[0]), round(box[1])
+    right, bottom = (start + max(1, round(box[2] - box[0])) for start in (left, top))  # a square
     enlarged = F.interpolate(masks.transpose(0, 1), (bottom - top, right - left), mode='bilinear')  # [1, K, h, w]
     numbers = torch.arange(1, K + 1)
     numbers[slot_order(masks)[-1]] = 0
@@ -687,14 +692,16 @@ def render_emergence(jobs: list[Job]) -> None:
 
 def render_frames(job: Job) -> None:
     """A GIF of the pictures in --frames, in the natural order of their names: frame2 before frame10."""
-    frames = []
-    for path in find_pictures(job.args.frames):
+    frames, folder = [], job.args.frames
+    if not folder.is_dir():
+        raise DataError(f'no folder {folder}; --frames needs a folder of pictures')
+    for path in find_pictures(folder):
         try:
             frames.append((job, job.read_images([path]), job.title(path.name[:24])))  # frames must have one size
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
     if not frames:
-        raise DataError(f'no pictures in {job.args.frames}; --frames needs a folder with .png or .jpg files')
+        raise DataError(f'no pictures in {folder}; --frames needs a folder with {", ".join(PICTURES)} files')
     save_gif(draw_sequence(frames), job.path('frames.gif'), milliseconds=200)
 
 
@@ -759,12 +766,14 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
         raise damaged(path, error) from error
     if not data and not (args.image or args.frames):
         raise CheckpointError(f'{path} does not say what data it was trained on; give pictures with --image')
+    if args.mask_dir is None and args.data_dir not in (None, data.get('data_dir')):
+        data['mask_dir'] = None  # of other pictures
     for name in ('data_dir', 'mask_dir'):
         if (value := getattr(args, name)) is not None:
             source = data.get('dataset_type')
             if name not in SOURCE_FLAGS.get(source, ()):
                 raise CheckpointError(f'--{name} has no effect: {path} was trained on {source}; leave it out')
-            data[name] = str(value)
+            data[name] = value or None
     return Job(model, data, step, args)
 
 
@@ -794,8 +803,8 @@ def create_parser() -> Parser:
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
     add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
         'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')
-    add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
-    add(group, 'mask_dir', 'folder of the masks of your own pictures (default: as in training)', type=Path,
+    add(group, 'data_dir', 'folder of the data (default: as in training)', metavar='PATH')
+    add(group, 'mask_dir', 'folder of the masks of your own pictures (default: as in training, without --data_dir)',
         metavar='PATH')
     add(group, 'num_images', 'number of validation images (default: 8; with --sweep 32)', type=int, metavar='N')
     add(group, 'num_slots', 'number of slots (default: of the checkpoint)', type=int, metavar='N')

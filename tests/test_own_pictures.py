@@ -52,6 +52,17 @@ def test_pictures_with_masks_are_trained_on_scored_and_drawn(capsys):
     rows = [line.split('  ')[0] for line in out.splitlines() if line.startswith(('network', '+'))]
     assert rows == ['network', '+ refine']
 
+    # The names are those of other pictures, whose masks must not score these.
+    draw_pictures(Path('other'))
+    assert run('--eval', '--resume', 'logs', '--data_dir', 'other/images') == 0
+    assert 'FG-ARI' in capsys.readouterr().out
+    Path('holiday/masks').rename('labels')
+    assert run(*SMALL, '--mask_dir', 'labels') == 0
+    Path('other/masks').rename('unknown')
+    capsys.readouterr()
+    assert run('--eval', '--resume', 'logs', '--data_dir', 'other/images') == 0
+    assert 'FG-ARI' not in capsys.readouterr().out
+
     Image.open('holiday/images/IMG_3.JPG').save('mine.jpg')
     assert visualize.main(visualize.parse_args(['--image', 'mine.jpg'])) == 0
     with Image.open('visualizations/mine_0_full_mask.png') as mask:

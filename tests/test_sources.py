@@ -607,8 +607,27 @@ def test_a_mask_dir_without_the_mask_of_any_picture_is_refused():
         PictureFolder('folder/images', 'train', resolution=36, mask_dir='folder/labels')
 
 
+@pytest.mark.parametrize(
+    'mask', ['masks/a{:02}.png', 'labels/a{:02}.png', 'SegmentationClass/a{:02}.png', 'p/a{:02}.png']
+)
+def test_pictures_that_may_be_masks_are_reported(capsys, mask):
+    draw_folder('p/a{:02}.jpg', mask)
+    assert sum(len(part) for part in all_splits()) == 24
+    error = capsys.readouterr().err
+    assert '12 pictures such as folder/' in error and 'may be masks' in error and error.count('\n') == 1
+
+
+def test_smoothed_masks_are_reported(capsys):
+    draw_folder('a{:02}.png', 'a{:02}_mask.png')
+    for path in Path('folder').glob('*_mask.png'):
+        Image.fromarray(np.arange(48 * 36, dtype=np.uint16).reshape(36, 48).astype(np.uint8)).save(path)
+    all_splits()
+    error = capsys.readouterr().err
+    assert 'train masks have more than 50 labels' in error and 'NEAREST' in error
+
+
 def test_photographs_of_masks_are_pictures():
-    draw_folder('masks/a{:02}.png', '', masked=())
+    draw_folder('faces/a{:02}.png', '', masked=())
     assert sum(len(part) for part in all_splits()) == 12
 
 

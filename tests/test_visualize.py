@@ -468,6 +468,17 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
         visualize.visualize_training(['logs'])
 
 
+def test_training_curves_have_readable_ticks_and_need_no_points_of_every_kind():
+    with SummaryWriter('logs/a$_$') as writer:
+        writer.add_scalar('val/fg_ari', 0.5, 5)
+        writer.add_scalar('train/loss', 0.5, 1)
+    with SummaryWriter('logs/a$_$', purge_step=2) as writer:  # resumed before the validation
+        writer.add_scalar('train/loss', 0.4, 2)
+    visualize.visualize_training(['logs/a$_$'], save_path='training.svg')
+    drawn = re.sub('<!--.*?-->', '', Path('training.svg').read_text())  # comments quote the formulas
+    assert 'mathdefault' not in drawn
+
+
 def test_many_runs_leave_the_plots_their_size():
     for n in range(18):
         with SummaryWriter(f'logs/{n:02d} with a rather long name') as writer:
@@ -524,7 +535,7 @@ def test_a_picture_for_other_models_is_cropped_at_the_centre(monkeypatch, datase
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_pictures_and_masks_that_were_moved_are_named_by_flags(capsys):
+def test_pictures_and_masks_that_were_moved_are_named_by_flags(monkeypatch, capsys):
     for folder in ('pictures', 'labels'):
         Path(folder).mkdir()
     for n in range(3):
@@ -532,9 +543,12 @@ def test_pictures_and_masks_that_were_moved_are_named_by_flags(capsys):
         Image.new('L', (16, 16), 1).save(f'labels/{n}.png')
     data = dict(dataset_type='images', data_dir='gone', mask_dir='gone', resolution=16)
     small_checkpoint(Path('logs/checkpoints/last.pth'), data=data)
-    assert run('--data_dir', 'pictures') == 2
+    assert run('--data_dir', 'pictures', '--mask_dir', 'gone') == 2
     assert 'no folder gone; --mask_dir must name' in capsys.readouterr().err
-    assert run('--data_dir', 'pictures', '--mask_dir', 'labels') == 0
+    seen = []
+    monkeypatch.setattr(visualize, 'visualize_slots', lambda *args, **kwargs: seen.append(args[5]))
+    assert run('--data_dir', 'pictures', '--mask_dir', 'labels') == 0 and (seen.pop() == 1).all()
+    assert run('--data_dir', 'pictures') == 0 and seen == [None]  # the saved masks are those of other pictures
 
 
 def two_slots_and_background(job, images):
@@ -582,6 +596,7 @@ def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsy
     for n in (1, 2, 10):
         Image.new('RGB', (16, 16), (20 * n, 0, 0)).save(f'frames/f$_${n}.png')  # no formula
     Path('frames/frame3.png').write_text('no picture')
+    Image.new('RGB', (16, 16)).save('frames/z\n.png')
     seen = []
 
     def watched(images, *args, **kwargs):
@@ -590,7 +605,7 @@ def test_frames_come_in_natural_order_without_unreadable_ones(monkeypatch, capsy
 
     monkeypatch.setattr(visualize, 'visualize_slots', watched)
     assert run('--frames', 'frames') == 0
-    assert seen == [(20, 'f$_$1.png'), (40, 'f$_$2.png'), (200, 'f$_$10.png')]
+    assert seen == [(20, 'f$_$1.png'), (40, 'f$_$2.png'), (200, 'f$_$10.png'), (0, 'z\n.png')]
     error = capsys.readouterr().err
     assert 'frames/frame3.png' in error and error.startswith('skipped') and error.count('\n') == 1
 
