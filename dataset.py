@@ -546,10 +546,8 @@ class PictureFolder(ImagesInMemory):
         if mask_dir and mask_dir.samefile(folder):  # masks beside the pictures
             mask_dir = None
         mask_of, alone = find_masks(folder, mask_dir)
-        reason = (
-            f'no mask in {mask_dir} has the name of a picture in {folder}; rename the masks or leave out --mask_dir'
-        )
-        require(mask_dir is None or any(mask_of.values()), reason)
+        reason = f'no mask in {mask_dir} has the name of a picture in {folder}'
+        require(mask_dir is None or any(mask_of.values()), f'{reason}; rename the masks or leave out --mask_dir')
         formats = ', '.join(PICTURES)
         require(len(mask_of) >= 3, f'{folder} holds {len(mask_of)} pictures ({formats}); at least 3 are needed')
         names = {path: path.relative_to(folder).as_posix() for path in mask_of}
@@ -580,7 +578,8 @@ class PictureFolder(ImagesInMemory):
             if not (self.labels % IGNORE).any():
                 remedy = f'number objects from 1: 0 is the background, and {IGNORE} marks pixels that no score counts'
                 self.problems.append(f'no {split} mask has an object; {remedy}')
-            if smoothed := sum(mask is not None and len(np.unique(mask)) > MANY_LABELS for mask in labels):
+            counts = [np.count_nonzero(np.bincount(mask.ravel())) for mask in labels if mask is not None]
+            if smoothed := sum(count > MANY_LABELS for count in counts):
                 remedy = 'if they were resized, do it again with Image.Resampling.NEAREST'
                 self.problems.append(f'{smoothed} {split} masks have more than {MANY_LABELS} labels; {remedy}')
         report(self.problems)
@@ -824,10 +823,8 @@ class PreparedDataset(ImagesInMemory):
         try:
             with h5py.File(path) as file:
                 self.resolution, self.max_objects = int(file.attrs['resolution']), int(file.attrs['max_objects'])
-                self.variant, self.dataset = (
-                    str(file.attrs['variant']),
-                    file.attrs.get('dataset'),
-                )  # None: an older file
+                self.variant = file.attrs['variant']
+                self.dataset = file.attrs.get('dataset')  # None: prepared by an older version
                 self.names = ('image', 'mask') if 'mask' in file else ('image',)
                 self.fingerprint = digest(*(file[name][:].tobytes() for name in ('record', 'split', 'num_objects')))
                 self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
@@ -885,8 +882,7 @@ def create_dataset(
     wanted = dict(dataset=dataset_type, variant=variant, resolution=resolution, max_objects=max_objects)
     for name, value in wanted.items():
         found = getattr(dataset, name)
-        same = found == value or (name == 'dataset' and found is None)
-        require(same, f'{path} was prepared with {name} {found}, not {value}; use --{name} {found}')
+        require(found in (value, None), f'{path} was prepared with {name} {found}, not {value}; use --{name} {found}')
     return dataset
 
 

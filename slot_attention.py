@@ -477,7 +477,8 @@ class FramedSlotAttention(SlotAttention):
             last = t == T - 1
             if self.gradient == 'first_order':
                 slots = slots.detach()
-                slots = slots + initial - initial.detach() if last else slots  # the value of slots, initial's gradient
+                if last:  # the value of slots, the gradient of the initial ones
+                    slots = slots + initial - initial.detach()
             # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
                 slots, attn = self.step(slots, k, v, slot_mask)
@@ -954,7 +955,7 @@ def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
 
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
 CHECKPOINT_FORMAT = 'slot-attention/3'
-# Trained weights that come with the repository, by the name of their data set.
+# Trained weights that come with the repository, by the name of their data set; those of `paper` begin with paper_.
 PRETRAINED = {path.stem: path for path in sorted((Path(__file__).parent / 'tests' / 'pretrained').glob('*.pth'))}
 
 

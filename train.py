@@ -259,7 +259,7 @@ def checkpoint_defaults(path: Path, given: dict) -> dict:
     """Defaults of a resumed run: its own flags. Raises CheckpointError, and ConfigError for a contradiction."""
     saved = load_flags(path)
     scoring = 'eval' in given
-    if given.get('data_dir', saved.get('data_dir')) != saved.get('data_dir'):
+    if 'data_dir' in given and Path(given['data_dir']) != Path(saved['data_dir']):
         saved['mask_dir'] = ''  # the masks in the saved one are those of other pictures
     for name, value in saved.items():
         new = given.get(name, value)

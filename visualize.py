@@ -53,31 +53,14 @@ from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dataset import (
-    PICTURES,
-    SOURCE_FLAGS,
-    DataError,
-    Parser,
-    create_dataset,
-    find_pictures,
-    natural_key,
-    open_picture,
-    read_picture,
-    to_batch,
-)
-from slot_attention import (
-    IGNORE_LABEL,
-    PRETRAINED,
-    CheckpointError,
-    SlotAttentionAutoEncoder,
-    adjusted_rand_index,
-    build_model,
-    damaged,
-    fg_ari,
-    load_checkpoint,
-    refine,
-    segmentation,
-)
+from dataset import (  # isort: skip
+    PICTURES, SOURCE_FLAGS, DataError, Parser, create_dataset, find_pictures, natural_key, open_picture,
+    read_picture, to_batch,
+)  # fmt: skip
+from slot_attention import (  # isort: skip
+    IGNORE_LABEL, PRETRAINED, CheckpointError, SlotAttentionAutoEncoder, adjusted_rand_index, build_model, damaged,
+    fg_ari, load_checkpoint, refine, segmentation,
+)  # fmt: skip
 
 SavePath = str | os.PathLike | None
 # Petroff 2021 (arXiv 2107.02270): distinguishable with colour-vision deficiencies; its two greys are left out.
@@ -766,14 +749,14 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
         raise damaged(path, error) from error
     if not data and not (args.image or args.frames):
         raise CheckpointError(f'{path} does not say what data it was trained on; give pictures with --image')
-    if args.mask_dir is None and args.data_dir not in (None, data.get('data_dir')):
+    if args.mask_dir is None and args.data_dir is not None and args.data_dir != Path(data.get('data_dir') or ''):
         data['mask_dir'] = None  # of other pictures
     for name in ('data_dir', 'mask_dir'):
         if (value := getattr(args, name)) is not None:
             source = data.get('dataset_type')
             if name not in SOURCE_FLAGS.get(source, ()):
                 raise CheckpointError(f'--{name} has no effect: {path} was trained on {source}; leave it out')
-            data[name] = value or None
+            data[name] = str(value) if value else None
     return Job(model, data, step, args)
 
 
@@ -803,7 +786,7 @@ def create_parser() -> Parser:
     add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
     add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
         'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')
-    add(group, 'data_dir', 'folder of the data (default: as in training)', metavar='PATH')
+    add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
     add(group, 'mask_dir', 'folder of the masks of your own pictures (default: as in training, without --data_dir)',
         metavar='PATH')
     add(group, 'num_images', 'number of validation images (default: 8; with --sweep 32)', type=int, metavar='N')
@@ -825,21 +808,13 @@ UNUSED = {
     'frames': ('image', 'data_dir', 'mask_dir', 'num_images', 'format'),
     'sweep': ('num_slots', 'num_iterations', 'search'),
     'training': (
-        'checkpoint',
-        'pretrained',
-        'image',
-        'data_dir',
-        'mask_dir',
-        'num_images',
-        'num_slots',
-        'num_iterations',
-        'search',
-        'seed',
+        'checkpoint', 'pretrained', 'image', 'data_dir', 'mask_dir', 'num_images', 'num_slots', 'num_iterations',
+        'search', 'seed',
     ),
     'checkpoint': ('log_dir', 'pretrained'),
     'pretrained': ('log_dir',),
     'image': ('data_dir', 'mask_dir', 'num_images'),
-}
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

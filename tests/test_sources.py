@@ -627,7 +627,7 @@ def test_smoothed_masks_are_reported(capsys):
 
 
 def test_photographs_of_masks_are_pictures():
-    draw_folder('faces/a{:02}.png', '', masked=())
+    draw_folder('masks/a{:02}.png', '', masked=())
     assert sum(len(part) for part in all_splits()) == 12
 
 

@@ -551,6 +551,15 @@ def test_pictures_and_masks_that_were_moved_are_named_by_flags(monkeypatch, caps
     assert run('--data_dir', 'pictures') == 0 and seen == [None]  # the saved masks are those of other pictures
 
 
+@pytest.mark.parametrize('size', [(4, 1), (1, 3), (1, 1)])
+def test_tiny_pictures_are_drawn(size):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    Image.new('RGB', size, 'red').save('tiny.png')
+    assert run('--image', 'tiny.png') == 0
+    with Image.open('visualizations/tiny_0_full_mask.png') as mask:
+        assert mask.size == size
+
+
 def two_slots_and_background(job, images):
     """Slot 1: the left quarter of the image, slot 3: the right quarter, slot 2: the rest."""
     labels = torch.ones(len(images), 16, 16, dtype=torch.long)
