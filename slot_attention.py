@@ -560,13 +560,15 @@ class FramedSlotAttention(SlotAttention):
 
         The attention is squared first, so that a small attention to the whole image does not count.
         """
-        weights = attn.square()
+        weights = attn.to(self.grid.dtype).square()
         weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-6)
         weights = weights.unflatten(2, (len(self.grid), len(self.grid)))  # [B, K, h, w]
         marginals = torch.stack([weights.sum(2), weights.sum(3)], dim=2)  # [B, K, 2, w], over x and y
-        positions = marginals @ self.grid  # [B, K, 2]
-        variance = (marginals @ self.grid.square() - positions.square()).mean(dim=2, keepdim=True)
-        scales = (variance + self.MIN_SCALE**2).clamp(min=1e-6).sqrt()  # [B, K, 1]
+        # Without matrix products, which autocast would round: a small scale would be off by up to 10 %.
+        positions = (marginals * self.grid).sum(dim=3)  # [B, K, 2]
+        squares = (self.grid - positions[..., None]).square()  # [B, K, 2, w]
+        variance = (marginals * squares).sum(dim=3).mean(dim=2, keepdim=True)  # [B, K, 1]
+        scales = (variance + self.MIN_SCALE**2).sqrt()
         return positions, scales
 
 

@@ -333,6 +333,9 @@ def test_a_frame_is_the_place_and_the_size_of_what_a_slot_attends_to():
     assert torch.allclose(whole[:2], torch.zeros(2), atol=1e-6)
     leak = torch.cat(attention.frame((0.95 * attn + 0.05).flatten(2)), dim=2)[0, 0]  # a little attention everywhere
     assert (leak - small).abs().max() < 0.06
+    with torch.autocast('cpu', torch.bfloat16):  # E[x^2] - E[x]^2 would lose a small variance
+        rounded = torch.cat(attention.frame(attn.flatten(2)), dim=2)[0, 0]
+    assert torch.equal(rounded, small)
 
 
 def test_slots_carry_the_frame_of_the_last_attention():
