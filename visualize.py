@@ -653,7 +653,13 @@ def render_images(job: Job) -> None:
 
 
 def render_edits(job: Job) -> None:
-    slots = job.run_model(job.load_batch()['image'])[3]
+    """One figure per edit, of the images of which the model keeps more than one slot."""
+    all_slots = job.run_model(job.load_batch()['image'])[3]
+    slots = [s for s in all_slots if len(s) > 1]
+    if len(slots) < 2:
+        raise ValueError('--edit needs two images with an object and a background, but the model kept one slot of most')
+    if len(slots) < len(all_slots):
+        print(f'left out {len(all_slots) - len(slots)} images of which the model kept one slot: nothing to edit')
     for edit in EDITS:
         title = job.title(f'{edit}: {EDITS[edit]}')
         visualize_edit(job.model, slots, edit, job.path(f'edit_{edit}'), title=title)

@@ -350,6 +350,22 @@ def test_without_a_checkpoint_the_weights_of_the_repository_are_drawn(monkeypatc
     assert 'no checkpoint under logs; python train.py writes one' in capsys.readouterr().err
 
 
+def test_edits_leave_out_images_of_one_slot(capsys, monkeypatch):
+    small_checkpoint(Path('logs/checkpoints/last.pth'))
+    run_model, kept = visualize.Job.run_model, [4, 1, 4]
+
+    def few_slots(self, images):
+        *rest, slots, attn = run_model(self, images)
+        return *rest, [s[:n] for s, n in zip(slots, kept, strict=True)], attn
+
+    monkeypatch.setattr(visualize.Job, 'run_model', few_slots)
+    assert run('--edit', '--num_images', 3) == 0
+    assert 'left out 1 images' in capsys.readouterr().out
+    kept[0] = 1
+    assert run('--edit', '--num_images', 3) == 2
+    assert '--edit needs two images' in capsys.readouterr().err
+
+
 def test_edits_and_sweeps_of_a_checkpoint(capsys):
     small_checkpoint(Path('logs/checkpoints/last.pth'))
     assert run('--edit', '--num_images', 2, '--format', 'svg') == 0
