@@ -97,7 +97,7 @@ MAX_SKIPPED = 10  # consecutive steps without a finite gradient that end the run
 MAX_MSE = 4.0  # the largest possible for reconstructions in [-1, 1]: above it the run has diverged
 HEADS_FROM, MIXTURE_FROM = 0.2, (0.4, 0.6)  # shares of the run, see Loss
 SHARE_OF_DROPS = 0.25  # share of the steps with drops, see Loss
-VAL_STEPS = 500  # least steps between two validations, with --val_every 0
+VAL_STEPS = 500  # least steps between two validations, and a third of the most, with --val_every 0
 COMPILER_FLOOR = '2.10'  # on CPUs: compiled code of PyTorch 2.6 to 2.9 writes outside of its memory or fails
 
 
@@ -176,7 +176,8 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('logging')
     add('log_dir', Path, Path('logs'), 'folder of the TensorBoard files, with checkpoints/ in it')
     add('log_every', number(1), 50, 'steps between two points of the training curves')
-    add('val_every', number(0), 0, f'epochs between two validations; 0: as many as have {VAL_STEPS} steps')
+    add('val_every', number(0), 0, 'epochs between two validations; 0: one every '
+        f'{VAL_STEPS} to {3 * VAL_STEPS:,} steps')
     add('save_every', number(0), 10, 'epochs between two files checkpoint_epoch_N.pth; 0: none')
     add('save_minutes', number(0, kind=float), 5.0, 'minutes between two writes of last.pth')
     add('pretrained', str, None, 'with --eval: weights that come with the repository, by data set; paper_: of the '
@@ -649,6 +650,12 @@ class Run:
         every = self.args.val_every or math.ceil(VAL_STEPS / len(self.train_loader))
         return (epoch + 1) % every == 0 or epoch + 1 == self.num_epochs
 
+    def validates_within(self, i: int) -> bool:
+        """Whether a validation follows step i of an epoch, counted from 1, before its end."""
+        size = len(self.train_loader)
+        parts = 1 if self.args.val_every else max(1, round(size / (2 * VAL_STEPS)))
+        return 0 < i < size and i % math.ceil(size / parts) == 0
+
     def learning_rate(self, step: int) -> float:
         args = self.args
         return learning_rate(step, args.lr, args.warmup_steps, args.decay_steps, args.cooldown, self.total_steps)
@@ -667,6 +674,9 @@ def train_one_epoch(run: Run, epoch: int) -> None:
         leave=False, disable=context.rank > 0 or None,  # None: if the output is no terminal
     )  # fmt: skip
     for i, batch in enumerate(bar, first + 1):
+        if run.validates_within(i - 1) and progress.validated < progress.step:  # here: also if interrupted before it
+            keep_checkpoints(run, validate(run))
+            model.train()
         images, slots, pixels, rng = prepare_batch(run, batch)
         with context.autocast():
             loss, rest = run.loss(images, slots, pixels, rng, progress.step / run.total_steps)
@@ -686,7 +696,8 @@ def train_one_epoch(run: Run, epoch: int) -> None:
         progress.seen += args.batch_size
         progress.images += args.batch_size
         run.timed += args.batch_size
-        before_validation = i == last and run.validates_after(epoch)  # which logs the last point itself
+        # A validation logs the last point itself.
+        before_validation = run.validates_within(i) or (i == last and run.validates_after(epoch))
         if progress.step % args.log_every == 0 and not before_validation:
             bar.set_postfix_str(log_window(run))
         run.stop.check(context)
@@ -799,7 +810,7 @@ def validate(run: Run) -> dict[str, float]:
         log_figures(run)
     summary = '  '.join(f'{title} {scores[name]:.4f}' for name, title in SCORES.items() if name in scores)
     context.print0(
-        f'epoch {progress.epochs + 1:3d}  {progress.seconds / 60:5.1f} min  '
+        f'epoch {progress.epochs + 1:3d}  step {progress.step:6d}  {progress.seconds / 60:5.1f} min  '
         f'train loss {progress.loss_sum / max(progress.loss_steps, 1):.4f}  val {summary}  '
         f'{progress.images / max(progress.seconds, 1e-9):.0f} images/s'
     )
@@ -1132,8 +1143,8 @@ def evaluate_checkpoint(args: argparse.Namespace, context: DistributedContext) -
     return 0
 
 
-def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
-    """Counts the epoch, keeps the best model and writes the checkpoints that are due."""
+def keep_checkpoints(run: Run, scores: dict[str, float] | None) -> None:
+    """Counts a complete epoch, keeps the best model and writes the checkpoints that are due."""
     args, progress = run.args, run.progress
     complete = progress.seen >= len(run.train_loader) * args.batch_size
     if complete:
@@ -1183,7 +1194,7 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
             for epoch in range(progress.epochs, run.num_epochs):
                 train_one_epoch(run, epoch)
                 scores = validate(run) if run.validates_after(epoch) else None
-                finish_epoch(run, scores)
+                keep_checkpoints(run, scores)
         except Interrupted as interrupted:
             save(run, 'last.pth')
             if run.save_failed:

@@ -94,6 +94,19 @@ def test_a_run_stopped_anywhere_continues_there(monkeypatch, capsys, straight, l
     assert_same_run(straight, 'stopped')
 
 
+@pytest.mark.parametrize('look', [2, 3, 4, 5])  # the step before a validation within the epoch, in it, and after it
+def test_a_run_stopped_at_a_validation_within_an_epoch_continues_there(monkeypatch, look):
+    monkeypatch.setattr(train, 'VAL_STEPS', 1)
+    flags = [*SMALL, '--val_every', 0, '--epochs', 2]
+    assert run(*flags, '--log_dir', 'straight') == 0
+    assert list(scalars('straight', 'val/mse')) == list(range(2, 13, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'Stop', stop_at(look))
+        assert run(*flags, '--log_dir', 'stopped') == 128 + signal.SIGTERM
+    assert run('--resume', 'stopped', '--log_every', 2, '--val_every', 0) == 0
+    assert_same_run('straight', 'stopped')
+
+
 def test_ctrl_c_during_the_imports_is_one_line():
     """A module that is imported first interrupts the script."""
     Path('argparse.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n')

@@ -210,12 +210,16 @@ def test_the_length_of_a_run_may_be_given_in_steps(monkeypatch, capsys):
     assert same(*models)
 
 
-def test_validation_comes_every_so_many_epochs_and_at_the_end(capsys):
+def test_validation_comes_every_so_many_epochs_or_steps_and_at_the_end(monkeypatch):
     assert run(*SMALL, '--epochs', 5, '--val_every', 2) == 0
     assert list(scalars('logs', 'val/mse')) == [12, 24, 30]
     assert list(scalars('logs', 'train/loss')) == list(range(2, 31, 2))
     assert run(*SMALL, '--epochs', 5, '--val_every', 0) == 0  # at least 500 steps: at the end
     assert list(scalars('logs', 'val/mse')) == [30]
+    monkeypatch.setattr(train, 'VAL_STEPS', 1)  # of the 6 in an epoch
+    assert run(*SMALL, '--steps', 9, '--val_every', 0, '--log_every', 3) == 0
+    assert list(scalars('logs', 'val/mse')) == [2, 4, 6, 8, 9]
+    assert list(scalars('logs', 'train/loss')) == [2, 3, 4, 6, 8, 9]
 
 
 def test_images_per_second_count_images(monkeypatch, capsys):
