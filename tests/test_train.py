@@ -233,6 +233,14 @@ def test_images_per_second_count_images(monkeypatch, capsys):
     assert int(line.split()[-2]) == pytest.approx(96 / progress['seconds'], abs=1)
 
 
+def test_checkpoints_are_scored_in_float32(monkeypatch):
+    run(*SMALL, '--epochs', 1)
+    amps, create = [], train.DistributedContext.create
+    monkeypatch.setattr(train.DistributedContext, 'create', lambda *args: amps.append(args[1]) or create(*args))
+    assert run('--eval', '--resume', 'logs') == run('--eval', '--resume', 'logs', '--amp', 'on') == 0
+    assert amps == ['off', 'on']
+
+
 def test_a_run_that_diverges_says_so(capsys):
     assert run(*SMALL, '--epochs', 2, '--lr', 1e3, '--clip', 0, '--optimizer', 'adam') == 2
     error = capsys.readouterr().err
