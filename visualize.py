@@ -657,7 +657,7 @@ def render_edits(job: Job) -> None:
     all_slots = job.run_model(job.load_batch()['image'])[3]
     slots = [s for s in all_slots if len(s) > 1]
     if len(slots) < 2:
-        raise ValueError('--edit needs two images with an object and a background, but the model kept one slot of most')
+        raise ValueError('--edit needs two images of which the model keeps two slots; give other images or more slots')
     if len(slots) < len(all_slots):
         print(f'left out {len(all_slots) - len(slots)} images of which the model kept one slot: nothing to edit')
     for edit in EDITS:

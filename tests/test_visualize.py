@@ -425,7 +425,7 @@ def test_search_draws_the_refined_slots_that_are_present_and_says_so(monkeypatch
     monkeypatch.setattr(visualize, 'visualize_slots', lambda *args, **_: titles.append(args[-1]))
     assert visualize.main(args) == 0 and titles == ['refined slots']
     assert run('--edit', '--num_slots', 1, '--num_images', 2) == 2
-    assert 'remove needs at least 2 slots' in capsys.readouterr().err
+    assert '--edit needs two images' in capsys.readouterr().err
 
 
 def test_how_slots_emerged_has_a_frame_for_each_step():
