@@ -192,7 +192,7 @@ def create_parser() -> Parser:
     add('refine_steps', number(0), 20, 'with --search: steps of gradient descent on the slots')
     group = parser.add_argument_group('system')
     add('device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
-    add('amp', str, 'auto', 'bfloat16 autocast; auto: to train, where the hardware supports it', ('auto', 'on', 'off'))
+    add('amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
     add_switch('compile', 'torch.compile the training step: a minute at the first step, faster ones later')
     add('num_workers', number(0), 0, 'processes that load batches; 0: load in the training process')
     # fmt: on
@@ -230,6 +230,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             candidates = (path, path / 'last.pth', path / 'checkpoints' / 'last.pth')
             path = next(filter(Path.is_file, candidates), path)
             defaults |= checkpoint_defaults(path, given)
+        if 'eval' in given:
+            defaults |= dict(amp='off')  # the scores depend on no hardware
         if 'epochs' in given or 'steps' in given:
             defaults |= dict(epochs=0, steps=0)
         parser.set_defaults(**defaults)
@@ -1214,8 +1216,7 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
 def main(args: argparse.Namespace) -> int:
     """Trains or evaluates; returns the exit status. A user's mistake gives one line and status 2."""
     try:
-        amp = 'off' if args.eval and args.amp == 'auto' else args.amp  # the scores depend on no hardware
-        context = DistributedContext.create(args.device, amp, args.compile)
+        context = DistributedContext.create(args.device, args.amp, args.compile)
         status = (evaluate_checkpoint if args.eval else train)(args, context)
         if context.world_size > 1:
             dist.destroy_process_group()

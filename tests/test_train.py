@@ -237,8 +237,9 @@ def test_checkpoints_are_scored_in_float32(monkeypatch):
     run(*SMALL, '--epochs', 1)
     amps, create = [], train.DistributedContext.create
     monkeypatch.setattr(train.DistributedContext, 'create', lambda *args: amps.append(args[1]) or create(*args))
-    assert run('--eval', '--resume', 'logs') == run('--eval', '--resume', 'logs', '--amp', 'on') == 0
-    assert amps == ['off', 'on']
+    for flags in ((), ('--amp', 'on'), ('--amp', 'auto')):
+        assert run('--eval', '--resume', 'logs', *flags) == 0
+    assert amps == ['off', 'on', 'auto']
 
 
 def test_a_run_that_diverges_says_so(capsys):
