@@ -647,16 +647,14 @@ class Run:
         left = self.progress.seen // self.args.batch_size + self.total_steps - self.progress.step
         return self.progress.epochs + math.ceil(left / len(self.train_loader))
 
-    def validates_after(self, epoch: int) -> bool:
-        """Whether a validation follows this epoch, counted from 0."""
-        every = self.args.val_every or math.ceil(VAL_STEPS / len(self.train_loader))
+    def validates_after(self, epoch: int, i: int) -> bool:
+        """Whether a validation follows step i, counted from 1, of an epoch, counted from 0."""
+        size, every = len(self.train_loader), self.args.val_every
+        if i < size and self.progress.step < self.total_steps:  # within the epoch, if it is long
+            parts = 1 if every else max(1, round(size / (2 * VAL_STEPS)))
+            return i > 0 and i % math.ceil(size / parts) == 0
+        every = every or math.ceil(VAL_STEPS / size)
         return (epoch + 1) % every == 0 or epoch + 1 == self.num_epochs
-
-    def validates_within(self, i: int) -> bool:
-        """Whether a validation follows step i of an epoch, counted from 1, before its end."""
-        size = len(self.train_loader)
-        parts = 1 if self.args.val_every else max(1, round(size / (2 * VAL_STEPS)))
-        return 0 < i < size and i % math.ceil(size / parts) == 0
 
     def learning_rate(self, step: int) -> float:
         args = self.args
@@ -676,7 +674,8 @@ def train_one_epoch(run: Run, epoch: int) -> None:
         leave=False, disable=context.rank > 0 or None,  # None: if the output is no terminal
     )  # fmt: skip
     for i, batch in enumerate(bar, first + 1):
-        if run.validates_within(i - 1) and progress.validated < progress.step:  # here: also if interrupted before it
+        # Before the next step, not after this one: a run may have been interrupted in between.
+        if run.validates_after(epoch, i - 1) and progress.validated < progress.step:
             keep_checkpoints(run, validate(run))
             model.train()
         images, slots, pixels, rng = prepare_batch(run, batch)
@@ -699,8 +698,7 @@ def train_one_epoch(run: Run, epoch: int) -> None:
         progress.images += args.batch_size
         run.timed += args.batch_size
         # A validation logs the last point itself.
-        before_validation = run.validates_within(i) or (i == last and run.validates_after(epoch))
-        if progress.step % args.log_every == 0 and not before_validation:
+        if progress.step % args.log_every == 0 and not run.validates_after(epoch, i):
             bar.set_postfix_str(log_window(run))
         run.stop.check(context)
         if time.monotonic() - run.saved_at > args.save_minutes * 60:
@@ -1195,7 +1193,7 @@ def train(args: argparse.Namespace, context: DistributedContext) -> int:
         try:
             for epoch in range(progress.epochs, run.num_epochs):
                 train_one_epoch(run, epoch)
-                scores = validate(run) if run.validates_after(epoch) else None
+                scores = validate(run) if run.validates_after(epoch, len(run.train_loader)) else None
                 keep_checkpoints(run, scores)
         except Interrupted as interrupted:
             save(run, 'last.pth')
