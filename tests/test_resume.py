@@ -15,7 +15,7 @@ from kill import kill_again_and_again
 from runs import ROOT, SMALL, assert_same_run, run, same, scalars
 
 import train
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_checkpoint
+from slot_attention import CHECKPOINT_FORMAT, ModelConfig, SlotAttentionAutoEncoder, load_checkpoint
 
 LAST = Path('logs/checkpoints/last.pth')
 
@@ -196,7 +196,7 @@ def test_auto_falls_back_to_an_older_checkpoint_and_runs_no_code(capsys):
     for path in LAST.parent.iterdir():
         if path != older:
             path.write_bytes(whole[: len(whole) // 2])
-    torch.save({'format': 'slot-attention/3', 'model': Malicious()}, LAST)
+    torch.save({'format': CHECKPOINT_FORMAT, 'model': Malicious()}, LAST)
     capsys.readouterr()
     assert run('--resume', 'auto', '--epochs', 3) == 0
     captured = capsys.readouterr()

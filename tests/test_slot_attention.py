@@ -264,13 +264,18 @@ def test_paper_architecture_has_the_parameters_of_its_tables(resolution, hidden,
     assert counts([model.slot_attention]) == [attention]
 
 
+FAST_GRIDS = {16: 8, 17: 9, 30: 15, 35: 18, 63: 32, 64: 16, 101: 26, 128: 32, 256: 64}
+
+
 @pytest.mark.parametrize(
-    ('architecture', 'resolution'),
-    [('fast', r) for r in (16, 17, 30, 35, 64, 101, 256)] + [('paper', r) for r in (16, 35, 64, 80, 128)],
+    ('architecture', 'resolution', 'grid_size'),
+    [('fast', *sizes) for sizes in FAST_GRIDS.items()] + [('paper', r, r) for r in (16, 35, 64, 80, 128)],
 )
-def test_resolutions_that_can_be_produced(architecture, resolution):
+def test_resolutions_that_can_be_produced(architecture, resolution, grid_size):
     model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution, num_slots=2, hidden_dim=4))
-    assert model(torch.rand(1, 3, resolution, resolution)).recons.shape == (1, 3, resolution, resolution)
+    output = model(torch.rand(1, 3, resolution, resolution))
+    assert output.recons.shape == (1, 3, resolution, resolution)
+    assert output.attn.shape[-2:] == (grid_size, grid_size)
 
 
 @pytest.mark.parametrize(
