@@ -379,17 +379,22 @@ class ErrorHead(nn.Module):
         self.of_inputs = nn.Linear(input_dim, width)
         self.of_slots = nn.Linear(slot_dim, width)
         self.of_attn = nn.Linear(3, width)
-        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.mlp = nn.Sequential(nn.ReLU(True), nn.Linear(width, width), nn.ReLU(True), nn.Linear(width, 1))
 
     def forward(self, inputs: Tensor, slots: Tensor, attn: Tensor, evidence: Tensor) -> Tensor:
         """inputs [B, N, D_in], slots [B, K, D], attn [B, K, N], evidence [B, N] -> log squared error [B, N].
 
         The evidence is the logsumexp of the attention logits over the slots: how well any slot fits the position.
         """
-        highest = attn.topk(min(2, attn.shape[1]), dim=1).values.transpose(1, 2)  # [B, N, 2]
-        highest = F.pad(highest, (0, 2 - highest.shape[2]))
-        summary = self.of_attn(torch.cat([highest, evidence[..., None]], dim=2))
-        return self.mlp(self.of_inputs(inputs) + attn.transpose(1, 2) @ self.of_slots(slots) + summary)[..., 0].float()
+        highest = attn.amax(dim=1, keepdim=True)  # [B, 1, N]
+        second = attn.masked_fill(attn == highest, 0).amax(dim=1, keepdim=True)  # topk takes three times as long
+        # One product for all that depends on the slots: an operation on [B, N, width] takes as long as the product.
+        # As the attention sums to 1 over the slots, a bias can be added to theirs.
+        summary = torch.cat([attn, highest, second, evidence[:, None]], dim=1)  # [B, K + 3, N]
+        weights = self.of_attn.weight.T.expand(len(slots), -1, -1)  # [B, 3, width]
+        weights = torch.cat([self.of_slots(slots) + self.of_attn.bias, weights], dim=1)  # [B, K + 3, width]
+        hidden = torch.baddbmm(self.of_inputs(inputs), summary.transpose(1, 2), weights)  # [B, N, width]
+        return self.mlp(hidden).squeeze(2).float()
 
 
 MOVES_IN_TRAINING = 4  # at most; more take time
@@ -433,7 +438,6 @@ class FramedSlotAttention(SlotAttention):
     """
 
     MIN_SCALE = 0.05
-    REDUNDANT = 1.0  # logit of KeepHead below which a slot goes: needed with a probability of 0.64, see NEEDED_WEIGHT
 
     def __init__(
         self, input_dim: int, grid_size: int, *args,
@@ -473,6 +477,7 @@ class FramedSlotAttention(SlotAttention):
 
         inputs = self.norm_inputs(inputs)  # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
+        k = k.transpose(1, 2).contiguous().transpose(1, 2)  # faster in the products of all iterations
         for t in range(T):
             last = t == T - 1
             if self.gradient == 'first_order':
@@ -502,16 +507,16 @@ class FramedSlotAttention(SlotAttention):
         q = self.project_q(self.norm_slots(slots))  # [B, K, D]
         scales = slots[..., 2:FRAME].clamp(min=Glimpse.MIN_SCALE)
         squares = to_slot_frame(self.grid, slots[..., :2], scales).square()  # [B, K, 2, w]
-        distance = (squares[:, :, 0, None, :] + squares[:, :, 1, :, None]).flatten(2)  # [B, K, N], in the slot's frame
-        logits = q @ k.transpose(1, 2) * slots.shape[2] ** -0.5 - F.softplus(self.locality_bias) * distance
-        return logits.masked_fill(~slot_mask[:, :, None], torch.finfo(logits.dtype).min)
+        x, y = (F.softplus(self.locality_bias) * squares).unbind(2)  # [B, K, w] each
+        y = y.masked_fill(~slot_mask[:, :, None], torch.finfo(y.dtype).max)
+        distance = (x[:, :, None, :] + y[:, :, :, None]).flatten(2)  # [B, K, N], in the slot's frame, times the bias
+        return (q * slots.shape[2] ** -0.5) @ k.transpose(1, 2) - distance
 
     def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
         """Slots [B, K, D] updated with what they attend to: attn [B, K, N], v [B, N, D]."""
         B, K, D = slots.shape
-        weights = attn + 1e-8
-        won = weights.sum(dim=2, keepdim=True)  # [B, K, 1]
-        updates = weights / (won + self.damping * attn.shape[2]) @ v  # Eq. 2, damped, [B, K, D]
+        won = attn.sum(dim=2, keepdim=True)  # [B, K, 1]
+        updates = attn @ v / (won + (self.damping + 1e-8) * attn.shape[2])  # Eq. 2, damped, [B, K, D]
         slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
         slots = slots + self.mlp(self.norm_mlp(slots))
         return torch.cat([*self.frame(attn), slots[..., FRAME:]], dim=2)
@@ -534,9 +539,9 @@ class FramedSlotAttention(SlotAttention):
         return torch.where(chosen[:, :, None], self.update(slots, worst[:, None].expand_as(attn), v), slots), slot_mask
 
     def redundant_slot(self, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
-        """The least needed slot of each image, if its logit is below REDUNDANT and others exist: bool [B, K]."""
+        """The least needed slot of each image, if it is more likely not needed and others exist: bool [B, K]."""
         logit, index = self.keep_head(slots, attn, slot_mask).min(dim=1)  # [B] each
-        redundant = (logit < self.REDUNDANT) & (slot_mask.sum(dim=1) > 1)  # [B]
+        redundant = (logit < 0) & (slot_mask.sum(dim=1) > 1)  # [B]
         return F.one_hot(index, slots.shape[1]).bool() & redundant[:, None]
 
     def predicted_error(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor, k: Tensor) -> Tensor:
@@ -561,9 +566,9 @@ class FramedSlotAttention(SlotAttention):
         The attention is squared first, so that a small attention to the whole image does not count.
         """
         weights = attn.to(self.grid.dtype).square()
-        weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-6)
         weights = weights.unflatten(2, (len(self.grid), len(self.grid)))  # [B, K, h, w]
         marginals = torch.stack([weights.sum(2), weights.sum(3)], dim=2)  # [B, K, 2, w], over x and y
+        marginals = marginals / (marginals.sum(dim=3, keepdim=True) + 1e-6)
         # Without matrix products, which autocast would round: a small scale would be off by up to 10 %.
         positions = (marginals * self.grid).sum(dim=3)  # [B, K, 2]
         squares = (self.grid - positions[..., None]).square()  # [B, K, 2, w]
@@ -709,14 +714,22 @@ def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
     return window / (window.amax(dim=1, keepdim=True) + 1e-12)
 
 
-# A slot is needed if the MSE of its image rises by more than these shares of its variance and of its MSE without it.
-SHARE_OF_VARIANCE, SHARE_OF_ERROR = 0.01, 0.05
-NEEDED_WEIGHT = 1.5  # of the needed slots in the loss of KeepHead, which raises its logits by log 1.5
+def is_needed(images: Tensor, before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """Whether each image needs a slot, judged by the squared error with it and without it: bool [n].
 
+    images         [n, 3, H, W]
+    before, after  squared error with the slot and without it at the decoded pixels, [n, h, w] each
+    mask           the slot's mask at these pixels, [n, h, w]
 
-def rise_allowed(images: Tensor, error: Tensor) -> Tensor:
-    """Largest increase of the MSE [B] of images [B, 3, H, W] at which a removed slot is not needed: [B]."""
-    return SHARE_OF_VARIANCE * images.var(dim=(2, 3)).mean(dim=1) + SHARE_OF_ERROR * error
+    The rise of the MSE alone does not tell an object from a part of one: a small object is worth no more than a large
+    part, whose outline the other part cannot draw as well. But without the slot of an object nearly all pixels of its
+    mask become wrong, and without a part only some of them. All is relative to the variance of the image.
+    """
+    variance = images.var(dim=(2, 3)).mean(dim=1)  # [n]
+    worse = after - before > 0.01 * variance[:, None, None]  # [n, h, w]
+    coverage = (mask * worse).sum(dim=(1, 2)) / (mask.sum(dim=(1, 2)) + 1e-6)  # share of the slot's pixels, [n]
+    rise = (after - 1.05 * before).mean(dim=(1, 2))  # a poor reconstruction changes more, [n]
+    return rise * coverage**4 > 0.002 * variance
 
 
 def reallocation_loss(
@@ -736,8 +749,7 @@ def reallocation_loss(
     slots, attn, slot_mask, chosen, needed = try_without(model, images, trace, rng)
     logits = attention.keep_head(slots, attn, slot_mask).gather(1, chosen[:, None]).squeeze(1)  # [n]
     terms = F.binary_cross_entropy_with_logits(logits, needed.float(), reduction='none')
-    terms = terms * (1.0 + needed * (NEEDED_WEIGHT - 1)) * (slot_mask.sum(dim=1) > 1)
-    return loss + 0.1 * terms.mean()
+    return loss + 0.1 * (terms * (slot_mask.sum(dim=1) > 1)).mean()
 
 
 @torch.no_grad()
@@ -748,8 +760,8 @@ def try_without(
     index of the slot [n], and bool [n].
 
     From a random state of the forward pass a few slots are dropped one after the other, as later in the pass, then
-    one more: the one that KeepHead needs least, or any. The others get one iteration to take over. The slot is needed
-    if the error rises by more than rise_allowed().
+    one more: the one that KeepHead needs least, or any. The others get one iteration to take over, and is_needed()
+    judges the result.
     """
     attention = model.slot_attention
     half = slice(int(rng.integers(min(2, len(images)))), None, 2)
@@ -768,9 +780,10 @@ def try_without(
     rows, columns = pixels = tuple(slice(int(i), None, 3) for i in rng.integers(3, size=2))
     rgbs, masks = decode_partial(model, attention.add_glimpse(inputs, tried, tried_attn, masks_tried), pixels)
     target = images[:, :, rows, columns]
-    error = ((rgbs * masks).sum(dim=1).float() - torch.cat([target, target])).square().mean(dim=(1, 2, 3))
-    before, after = error.chunk(2)  # [n] each
-    return slots, attn, slot_mask, chosen, after - before > rise_allowed(images, before)
+    error = ((rgbs * masks).sum(dim=1).float() - torch.cat([target, target])).square().mean(dim=1)
+    before, after = error.chunk(2)  # [n, h, w] each
+    mask = masks[torch.arange(n, device=chosen.device), chosen].squeeze(1).float()  # with the slot, [n, h, w]
+    return slots, attn, slot_mask, chosen, is_needed(images, before, after, mask)
 
 
 class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
@@ -956,7 +969,7 @@ def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
 # =============================================================================================
 
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
-CHECKPOINT_FORMAT = 'slot-attention/3'
+CHECKPOINT_FORMAT = 'slot-attention/4'
 # Trained weights that come with the repository, by the name of their data set; those of `paper` begin with paper_.
 PRETRAINED = {path.stem: path for path in sorted((Path(__file__).parent / 'tests' / 'pretrained').glob('*.pth'))}
 

@@ -28,12 +28,12 @@ from slot_attention import (
     coord_grid,
     decode_partial,
     fg_ari,
+    is_needed,
     load_checkpoint,
     load_model,
     reallocation_loss,
     reconstruction_error,
     refine,
-    rise_allowed,
     save_checkpoint,
     segmentation_scores,
     try_without,
@@ -661,7 +661,7 @@ def test_reallocation_leaves_the_first_and_the_last_iterations_alone(monkeypatch
 
 def test_needed_slots_and_the_last_one_stay(monkeypatch):
     model, images = reallocating_model(moves=0), torch.rand(2, 3, 16, 16)
-    decide(monkeypatch, model.slot_attention, torch.full((5,), model.slot_attention.REDUNDANT + 0.1))
+    decide(monkeypatch, model.slot_attention, torch.full((5,), 0.1))
     assert (model(images).slots[..., 2] > 0).all()
     decide(monkeypatch, model.slot_attention, torch.full((1,), -1.0))
     assert (model(images, num_slots=1).slots[..., 2] > 0).all()
@@ -726,13 +726,30 @@ def test_a_slot_is_needed_if_the_error_rises_without_it(monkeypatch):
     assert seen == {0: {True}, 1: {True}, 2: {False}}
 
 
-def test_what_a_slot_must_be_worth_scales_with_the_image_and_its_error():
-    images, error = torch.randn(3, 3, 16, 16), torch.rand(3)
-    allowed = rise_allowed(images, error)
-    assert torch.allclose(rise_allowed(2 * images, 4 * error), 4 * allowed)
-    assert torch.allclose(rise_allowed(images + 1, error), allowed)
-    by_hand = 0.01 * images[1].flatten(1).var(dim=1).mean() + 0.05 * error[1]
-    assert allowed[1] == pytest.approx(by_hand.item())
+def test_an_object_is_needed_and_a_part_of_one_with_the_same_rise_is_not():
+    images = torch.randn(3, 3, 16, 16)
+    variance = images.var(dim=(2, 3)).mean(dim=1)  # [3]
+    mask = torch.zeros(3, 16, 16)
+    mask[:, 4:8, 4:8] = 1.0  # 16 of 256 pixels
+    before = torch.full((3, 16, 16), 0.01) * variance[:, None, None]
+    after = before.clone()
+    after[0, 4:8, 4:8] += 0.1 * variance[0]  # all pixels of the slot become wrong
+    after[1, 4:8, 4:6] += 0.2 * variance[1]  # half of them, twice as wrong
+    after[2, 4:8, 4:8] += 0.005 * variance[2]  # all of them, a little
+    assert is_needed(images, before, after, mask).tolist() == [True, False, False]
+    # The rise of the first is 0.1 / 16 of the variance, less 0.05 of the error of 0.01; it must be above 0.002.
+    assert is_needed(images, before, before + (after - before) * 0.42, mask).tolist() == [True, False, False]
+    assert is_needed(images, before, before + (after - before) * 0.38, mask).tolist() == [False, False, False]
+
+
+def test_whether_a_slot_is_needed_depends_on_no_unit_of_the_image():
+    images, before, mask = torch.randn(64, 3, 16, 16), torch.rand(64, 16, 16), torch.rand(64, 16, 16)
+    after = before + torch.rand(64, 1, 1) * torch.rand(64, 16, 16)
+    needed = is_needed(images, before, after, mask)
+    assert 0 < needed.sum() < 64
+    assert torch.equal(is_needed(2 * images + 1, 4 * before, 4 * after, mask), needed)
+    assert torch.equal(is_needed(images, before, after, mask / 2), needed)
+    assert not is_needed(images, before, after, 0 * mask).any()  # a slot without pixels
 
 
 def test_a_window_around_the_largest_error_is_one_there_and_nothing_far_away():
