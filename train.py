@@ -193,7 +193,7 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('system')
     add('device', str, 'auto', 'auto: a CUDA GPU if there is one', ('auto', 'cpu', 'cuda'))
     add('amp', str, 'auto', 'bfloat16 autocast; auto: where the hardware supports it', ('auto', 'on', 'off'))
-    add_switch('compile', 'torch.compile the training step: takes minutes at the first step; on CPUs hardly faster than without')
+    add_switch('compile', 'torch.compile the training step: takes minutes at the first step, and helps little on CPUs')
     add('num_workers', number(0), 0, 'processes that load batches; 0: load in the training process')
     # fmt: on
     return parser
