@@ -68,7 +68,7 @@ PAPER_RECIPE = dict(
     steps=500_000, batch_size=64, lr=4e-4, warmup_steps=10_000, decay_steps=100_000, cooldown=0.0, clip=0.0,
 )  # fmt: skip
 SPARE_SLOTS = 4  # of the fast architecture: with them two objects less often share a slot
-STEPS = {'multi_dsprites': 10_000, 'clevr6': 6_000}  # of the fast architecture, where it is not the default of --steps
+STEPS = {'multi_dsprites': 15_000, 'clevr6': 6_000}  # of the fast architecture, where it is not the default of --steps
 MODEL_FLAGS = tuple(ModelConfig.__dataclass_fields__)  # saved as the configuration of the model
 NOT_SAVED = (
     'resume', 'pretrained', 'auto', 'log_dir', 'eval', 'search', 'refine_steps', 'device', 'amp', 'compile',
