@@ -62,6 +62,16 @@ def test_a_resumed_run_equals_one_that_never_stopped(architecture):
     assert_same_run('straight', 'stopped')
 
 
+def test_the_files_of_a_run_that_resumes_at_once_are_read_in_the_order_of_their_creation():
+    names = []
+    for step in range(3):  # without a pause all three can have the same second in their names
+        log = train.Log(Path('logs'), step, train.DistributedContext(torch.device('cpu'), False))
+        log.close()
+        (new,) = {path.name for path in Path('logs').iterdir()} - {*names}
+        names.append(new)
+    assert len({name.split('.')[3] for name in names}) == 3 and names == sorted(names)
+
+
 def stop_at(look):
     """A Stop that finds SIGTERM at its n-th look: one a step, and one for every batch of the validation."""
 
