@@ -960,6 +960,13 @@ def log_figures(run: Run) -> None:
 
 
 class Writer(SummaryWriter):
+    def __init__(self, log_dir: Path, **kwargs):
+        # TensorBoard reads files in the order of their names, which begin with the second of their creation. Within a
+        # second the order is arbitrary, and the curves of a run that resumes at once could be purged.
+        while [*log_dir.glob(f'events.out.tfevents.{int(time.time())}.*')]:
+            time.sleep(0.05)
+        super().__init__(log_dir, **kwargs)
+
     def add_hparams(self, flags: dict, scores: dict[str, float]) -> None:
         """Adds the flags to this run, not to a run of their own; the scores are the last points of their curves."""
         for summary in hparams(flags, scores):
@@ -971,10 +978,6 @@ class Log:
 
     def __init__(self, log_dir: Path, first_step: int, context: DistributedContext):
         self.log_dir = log_dir
-        # TensorBoard reads files in the order of their names, which begin with the second of their creation. Within a
-        # second the order is arbitrary, and the curves of a run that resumes at once could be purged.
-        while context.rank == 0 and [*log_dir.glob(f'events.out.tfevents.{int(time.time())}.*')]:
-            time.sleep(0.05)
         # Points at or after first_step that an earlier, killed part of the run wrote are replaced.
         self.writer = Writer(log_dir, purge_step=first_step) if context.rank == 0 else None
         threading.excepthook = self.excepthook
