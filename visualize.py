@@ -78,7 +78,10 @@ MAX_ROWS = 10  # iterations in a figure of the attention
 PANEL_PIXELS = 128  # approximate side of a panel in the saved file
 FORMATS = ('png', 'svg', 'pdf')
 CREATOR = 'Slot Attention visualize.py'  # in the metadata of the figures
-CURVES = {'train/loss': 'training loss', 'val/fg_ari': 'validation FG-ARI', 'train/lr': 'learning rate'}
+CURVES = {
+    'train/loss': 'training loss', 'val/fg_ari': 'validation FG-ARI', 'val/mse': 'validation MSE',
+    'train/lr': 'learning rate',
+}  # fmt: skip
 EDITS = {
     'remove': 'the largest object is removed',
     'copy': 'the largest object of the next image is added',
@@ -184,6 +187,8 @@ def visualize_slot_decomposition(
 def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePath = None) -> Figure:
     """Loss, FG-ARI and learning rate of several runs, against steps and minutes since the first point.
 
+    If no run has an FG-ARI, because its data has no masks, the validation MSE takes its place.
+
     log_dirs  folders of TensorBoard files, one per run; those without curves are left out
 
     Raises ValueError if no folder has curves.
@@ -196,21 +201,24 @@ def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePat
             runs[str(folder).replace('$', r'\$')] = curves  # a name is no formula
     if not runs:
         raise ValueError(f'no training curves in {", ".join(map(str, log_dirs))}')
+    recorded = {tag for curves in runs.values() for tag in curves}
+    shown = [tag for tag in CURVES if tag in recorded and not (tag == 'val/mse' and 'val/fg_ari' in recorded)]
     columns = max(1, int(12 / (0.8 + 0.08 * max(map(len, runs)))))  # of the legend, which is below the plots
     fig = Figure(figsize=(12, 6.1 + 0.19 * -(-len(runs) // columns)), layout='constrained')
-    axes = fig.subplots(2, 3, sharex='row')
+    axes = fig.subplots(2, len(shown), sharex='row', squeeze=False)
     styles = cycle([dict(color=colour, linestyle=line) for line in ('-', '--', ':', '-.') for colour in PALETTE])
     for (name, curves), style in zip(runs.items(), styles, strict=False):
         start = min(points[0].wall_time for points in curves.values())
-        for column, tag in enumerate(CURVES):
+        for column, tag in enumerate(shown):
             points = curves.get(tag, [])
             steps, minutes = [p.step for p in points], [(p.wall_time - start) / 60 for p in points]
             for ax, x in zip(axes[:, column], (steps, minutes), strict=True):
-                marker = '.' if tag == 'val/fg_ari' or len(points) == 1 else ''
+                marker = '.' if tag.startswith('val/') or len(points) == 1 else ''
                 ax.plot(x, [p.value for p in points], label=name, marker=marker, **style)
     for (row, column), ax in np.ndenumerate(axes):
-        tag = list(CURVES)[column]
-        ax.set(xlabel=('steps', 'minutes')[row], ylabel=CURVES[tag], yscale='log' if tag == 'train/loss' else 'linear')
+        tag = shown[column]
+        scale = 'log' if tag in ('train/loss', 'val/mse') else 'linear'
+        ax.set(xlabel=('steps', 'minutes')[row], ylabel=CURVES[tag], yscale=scale)
         ax.tick_params(colors=TEXT, which='both')
         ax.grid(color=TEXT, alpha=0.2)
     fig.legend(handles=axes[0, 0].lines, loc='outside lower center', ncols=columns, frameon=False, fontsize=9)

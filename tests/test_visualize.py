@@ -484,6 +484,18 @@ def test_training_curves_of_several_runs_share_a_figure(capsys):
         visualize.visualize_training(['logs'])
 
 
+def test_training_curves_without_masks_show_the_error_instead_of_an_empty_score():
+    def labels(tags):
+        with SummaryWriter('logs/c') as writer:
+            for tag in tags:
+                writer.add_scalar(tag, 0.1, 5)
+        return [ax.get_ylabel() for ax in visualize.visualize_training(['logs/c']).axes[:3]]
+
+    assert labels(['train/loss']) == 2 * ['training loss']
+    assert labels(['val/mse', 'train/lr']) == ['training loss', 'validation MSE', 'learning rate']
+    assert labels(['val/fg_ari']) == ['training loss', 'validation FG-ARI', 'learning rate']
+
+
 def test_training_curves_have_readable_ticks_and_need_no_points_of_every_kind():
     with SummaryWriter('logs/a$_$') as writer:
         writer.add_scalar('val/fg_ari', 0.5, 5)
