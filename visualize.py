@@ -187,7 +187,7 @@ def visualize_slot_decomposition(
 def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePath = None) -> Figure:
     """Loss, FG-ARI and learning rate of several runs, against steps and minutes since the first point.
 
-    If no run has an FG-ARI, because its data has no masks, the validation MSE takes its place.
+    If no run has an FG-ARI, as without masks, the validation MSE takes its place. What no run has is left out.
 
     log_dirs  folders of TensorBoard files, one per run; those without curves are left out
 
@@ -201,7 +201,7 @@ def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePat
             runs[str(folder).replace('$', r'\$')] = curves  # a name is no formula
     if not runs:
         raise ValueError(f'no training curves in {", ".join(map(str, log_dirs))}')
-    recorded = {tag for curves in runs.values() for tag in curves}
+    recorded = set().union(*runs.values())  # tags
     shown = [tag for tag in CURVES if tag in recorded and not (tag == 'val/mse' and 'val/fg_ari' in recorded)]
     columns = max(1, int(12 / (0.8 + 0.08 * max(map(len, runs)))))  # of the legend, which is below the plots
     fig = Figure(figsize=(12, 6.1 + 0.19 * -(-len(runs) // columns)), layout='constrained')
