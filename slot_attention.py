@@ -1,19 +1,19 @@
 """Slot Attention: the module, the autoencoder, test-time search, scores and checkpoints.
 
-    from slot_attention import ModelConfig, SlotAttentionAutoEncoder, load_model
-    model = SlotAttentionAutoEncoder(ModelConfig('paper', resolution=64, hidden_dim=32))  # the paper's model, or:
-    model = SlotAttentionAutoEncoder(ModelConfig(resolution=64))                          # the fast variant
-    recons, masks, slots, attn = model(images)           # images [B, 3, 64, 64] in [-1, 1]
+    from slot_attention import ModelConfig, create_model, load_model
+    model = create_model(ModelConfig(resolution=64))                         # the fast variant, or:
+    model = create_model(ModelConfig('paper', resolution=64, hidden_dim=32)) # the paper's model
+    recons, masks, slots, attn = model(images)                               # images [B, 3, 64, 64] in [-1, 1]
     model = load_model('logs/checkpoints/last.pth')
 
 Implements Locatello et al. 2020, "Object-Centric Learning with Slot Attention" (arXiv 2006.15055),
 called "the paper" below. The file has five parts:
 
-    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is in ReconstructionError in train.py);
+    1. The paper         Algorithm 1 and the autoencoder of Tables 4-7 (the loss is in loss_terms() in train.py);
                          tests/test_reference.py compares it with the authors' code
-    2. The fast variant  StridedEncoder, FramedSlotAttention, KeepHead, ErrorHead, Glimpse, ImplicitDecoder
+    2. The fast variant  StridedEncoder, FramedSlotAttention, KeepHead, Glimpse, ImplicitDecoder, FastAutoEncoder
     3. Search            refine: improves the slots of one image at test time
-    4. Scores            FG-ARI, ARI, mBO, mIoU
+    4. Scores            FG-ARI, ARI, mBO, mIoU, and statistics that show how slots fail
     5. Checkpoints       ModelConfig, save_checkpoint, load_checkpoint, load_model
 
 Letters in shape comments: B images, K slots, M = B * K, D slot size, T iterations, N = h * w
@@ -24,7 +24,9 @@ import io
 import math
 import os
 import pickle
-from dataclasses import asdict, dataclass, field
+import platform
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +90,7 @@ class SlotAttention(nn.Module):
 
         The attention sums to 1 over the slots.
         """
-        slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
+        slots = self.initial_slots(inputs.shape[0], self.num_slots) if slots is None else slots
         T = self.num_iterations if num_iterations is None else num_iterations
         B, K, D = slots.shape
         attns = []
@@ -150,7 +152,8 @@ class Encoder(nn.Module):
 class ConvTranspose2dSame(nn.ConvTranspose2d):
     """Transposed convolution with TensorFlow's 'SAME' padding: the output is `stride` times the input.
 
-    TensorFlow removes (kernel - stride) // 2 rows and columns before the image and the rest after it.
+    TensorFlow removes (kernel - stride) // 2 rows and columns before the image and the rest after it. Stride 1 is
+    computed as a convolution with a flipped kernel: the same function, in two thirds of the time on CPUs.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
@@ -158,6 +161,9 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[M, C_in, h, w] -> [M, C_out, stride * h, stride * w]."""
+        if self.stride[0] == 1:
+            kernel = self.weight.flip(2, 3).transpose(0, 1)
+            return F.conv2d(inputs, kernel, self.bias, padding=self.kernel_size[0] // 2)
         size = self.stride[0] * inputs.shape[-1]
         return super().forward(inputs)[..., :size, :size]
 
@@ -166,11 +172,14 @@ class SpatialBroadcastDecoder(nn.Module):
     """Decodes each slot to colours and a mask logit (paper Section 2.2, Appendix E.3, Tables 4 and 5).
 
     Each slot is copied to every position of a grid, a position embedding is added, and a stack of
-    transposed convolutions gives an image. Above 64 pixels it is Table 4, up to 64 Table 5.
+    transposed convolutions gives an image. Above 64 pixels it is Table 4, up to 64 Table 5. Raises ConfigError for a
+    resolution above 64 that is no multiple of 16, as Table 4 doubles a grid four times.
     """
 
     def __init__(self, resolution: int, slot_dim: int, hidden_dim: int):
         super().__init__()
+        if resolution > 64 and resolution % 16:
+            raise ConfigError(f"resolution of the paper's decoder must be a multiple of 16 above 64: {resolution}")
         if resolution > 64:  # (kernel size, stride, channels)
             layers = 4 * [(5, 2, hidden_dim)] + [(5, 1, hidden_dim), (3, 1, 4)]  # Table 4
         else:
@@ -199,14 +208,18 @@ class SlotAttentionOutput(NamedTuple):
 class SlotAttentionAutoEncoder(nn.Module):
     """Encodes an image to slots and reconstructs it from them (paper Section 2.2, Figure 1b).
 
-    config  a ModelConfig; its `architecture` selects the three parts: paper_parts() or fast_parts()
+    config  a ModelConfig of the architecture 'paper'; create_model() builds either architecture
+
+    Above 64 pixels the parts are those of CLEVR6 (Tables 4 and 6, where hidden_dim is 64), up to 64 pixels those of
+    Tetrominoes and Multi-dSprites (Tables 5 and 7, where it is 32).
     """
 
-    def __init__(self, config: 'ModelConfig | None' = None):
+    def __init__(self, config: 'ModelConfig'):
         super().__init__()
-        self.config = config or ModelConfig()
-        parts = {'paper': paper_parts, 'fast': fast_parts}[self.config.architecture]
-        self.encoder, self.slot_attention, self.decoder = parts(self.config)
+        self.config = config
+        self.encoder = Encoder(config.resolution, config.hidden_dim)
+        self.slot_attention = SlotAttention(config.hidden_dim, config.num_slots, config.slot_dim, config.num_iterations)
+        self.decoder = SpatialBroadcastDecoder(config.resolution, config.slot_dim, config.hidden_dim)
 
     def encode(
         self,
@@ -223,14 +236,16 @@ class SlotAttentionAutoEncoder(nn.Module):
         num_iterations  T; default: the configuration's
         generator       source of the noise of the initial slots, on the model's device
 
-        Raises ValueError for images that are not of the model's resolution.
+        Raises ValueError for images that are not of the model's resolution, and for no slots.
         """
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f'images must be [B, 3, {size}, {size}], not {list(images.shape)}')
         if slots is None:
             num_slots = self.config.num_slots if num_slots is None else num_slots
-            slots = self.slot_attention.initial_slots(len(images), num_slots, generator)
+            slots = self.slot_attention.initial_slots(images.shape[0], num_slots, generator)
+        if slots.shape[1] < 1:
+            raise ValueError('at least 1 slot is needed, not 0')
         features = self.encoder(images)  # [B, N, C]
         slots, attn = self.slot_attention(features, slots, num_iterations)  # [B, K, D], [B, T, K, N]
         return slots, attn.unflatten(-1, (self.encoder.grid_size, self.encoder.grid_size))
@@ -253,19 +268,6 @@ class SlotAttentionAutoEncoder(nn.Module):
         return SlotAttentionOutput(recons, masks, slots, attn)
 
 
-def paper_parts(config: 'ModelConfig') -> tuple[Encoder, SlotAttention, SpatialBroadcastDecoder]:
-    """Encoder, Slot Attention and decoder of the paper.
-
-    Above 64 pixels those of CLEVR6 (Tables 4 and 6, where hidden_dim is 64), up to 64 pixels those of Tetrominoes
-    and Multi-dSprites (Tables 5 and 7, where it is 32).
-    """
-    return (
-        Encoder(config.resolution, config.hidden_dim),
-        SlotAttention(config.hidden_dim, config.num_slots, config.slot_dim, config.num_iterations),
-        SpatialBroadcastDecoder(config.resolution, config.slot_dim, config.hidden_dim),
-    )
-
-
 def keras_init(module: nn.Module) -> None:
     """Initialises weights as Keras does by default: Glorot-uniform, zero biases, orthogonal recurrent weights."""
     for layer in module.modules():
@@ -285,14 +287,12 @@ def keras_init(module: nn.Module) -> None:
 # =============================================================================================
 
 FRAME = 3  # the first entries of a framed slot: position x, y in [-1, 1], and scale
+FRAME_LIMIT = 4.0  # largest coordinate in a slot's frame, in units of its scale
 
 
 def coord_grid(size: int) -> Tensor:
     """Coordinates of the centres of `size` pixels along one axis of an image that spans [-1, 1]: [size]."""
     return (torch.arange(size) + 0.5) / size * 2 - 1
-
-
-FRAME_LIMIT = 4.0  # largest coordinate in a slot's frame, in units of its scale
 
 
 def to_slot_frame(grid: Tensor, positions: Tensor, scales: Tensor) -> Tensor:
@@ -327,238 +327,115 @@ class StridedEncoder(Encoder):
         keras_init(self)
 
 
-class KeepHead(nn.Module):
-    """Predicts which slots are needed: a small transformer over the slots of an image.
+class State(NamedTuple):
+    """Result of the iterations of FramedSlotAttention."""
 
-    A token is a slot, the attention it won, its peak, and how clearly it won. The attention between two tokens is
-    biased by what both slots attend to: a duplicate has a partner that can take over.
-    """
-
-    def __init__(self, slot_dim: int, width: int = 96, num_heads: int = 4, num_layers: int = 2):
-        super().__init__()
-        self.num_heads = num_heads
-        self.embed = nn.Linear(slot_dim + 3, width)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                dict(
-                    norm_attention=nn.LayerNorm(width), qkv=nn.Linear(width, 3 * width), bias=nn.Linear(2, num_heads),
-                    out=nn.Linear(width, width), norm_mlp=nn.LayerNorm(width),
-                    mlp=nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)),
-                )
-            )
-            for _ in range(num_layers)
-        )  # fmt: skip
-        self.logit = nn.Linear(width, 1)
-        nn.init.constant_(self.logit.bias, 2.0)  # at first all slots are needed
-
-    def forward(self, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
-        """slots [B, K, D], attn [B, K, N], slot_mask [B, K] -> logits [B, K] of being needed, +inf for absent slots."""
-        B, K, _ = slots.shape
-        attn = attn.float().clamp(1e-4, 1 - 1e-4)
-        won = attn.sum(dim=2, keepdim=True)  # [B, K, 1]
-        clearly = (attn * torch.logit(attn)).sum(dim=2, keepdim=True) / won
-        shared = (attn @ attn.transpose(1, 2) / won + 1e-3).log()  # [B, K, K], share of one that overlaps the other
-        shared = torch.stack([shared, shared.transpose(1, 2)], dim=3)  # [B, K, K, 2]
-        x = torch.cat([slots, (won / attn.shape[2]).log(), attn.amax(dim=2, keepdim=True), clearly], dim=2)
-        x = self.embed(x)  # [B, K, width]
-        for layer in self.layers:
-            qkv = layer['qkv'](layer['norm_attention'](x)).view(B, K, 3, self.num_heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, K, width / heads] each
-            bias = layer['bias'](shared).permute(0, 3, 1, 2)  # [B, heads, K, K]
-            bias = bias.masked_fill(~slot_mask[:, None, None], -1e4).to(q.dtype)
-            x = x + layer['out'](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
-            x = x + layer['mlp'](layer['norm_mlp'](x))
-        return self.logit(x).squeeze(2).float().masked_fill(~slot_mask, math.inf)
-
-
-class ErrorHead(nn.Module):
-    """Predicts where the reconstruction will be wrong, without decoding it: a small MLP at every position."""
-
-    def __init__(self, input_dim: int, slot_dim: int, width: int = 64):
-        super().__init__()
-        self.of_inputs = nn.Linear(input_dim, width)
-        self.of_slots = nn.Linear(slot_dim, width)
-        self.of_attn = nn.Linear(3, width)
-        self.mlp = nn.Sequential(nn.ReLU(True), nn.Linear(width, width), nn.ReLU(True), nn.Linear(width, 1))
-
-    def forward(self, inputs: Tensor, slots: Tensor, attn: Tensor, evidence: Tensor) -> Tensor:
-        """inputs [B, N, D_in], slots [B, K, D], attn [B, K, N], evidence [B, N] -> log squared error [B, N].
-
-        The evidence is the logsumexp of the attention logits over the slots: how well any slot fits the position.
-        """
-        highest = attn.amax(dim=1, keepdim=True)  # [B, 1, N]
-        second = attn.masked_fill(attn == highest, 0).amax(dim=1, keepdim=True)  # topk takes three times as long
-        # One product for all that depends on the slots: an operation on [B, N, width] takes as long as the product.
-        # As the attention sums to 1 over the slots, a bias can be added to theirs.
-        summary = torch.cat([attn, highest, second, evidence[:, None]], dim=1)  # [B, K + 3, N]
-        weights = self.of_attn.weight.T.expand(len(slots), -1, -1)  # [B, 3, width]
-        weights = torch.cat([self.of_slots(slots) + self.of_attn.bias, weights], dim=1)  # [B, K + 3, width]
-        hidden = torch.baddbmm(self.of_inputs(inputs), summary.transpose(1, 2), weights)  # [B, N, width]
-        return self.mlp(hidden).squeeze(2).float()
-
-
-MOVES_IN_TRAINING = 4  # at most; more take time
-
-
-@dataclass
-class Trace:
-    """Intermediate results of FramedSlotAttention.forward(), without gradient, for reallocation_loss()."""
-
-    inputs: Tensor | None = None  # [B, N, D_in], normalised
-    k: Tensor | None = None  # [B, N, D]
-    v: Tensor | None = None  # [B, N, D]
-    states: list = field(default_factory=list)  # (slots, attn, slot_mask) where training moves or drops a slot
-    last: tuple = ()  # slots, attn and slot_mask after the last iteration
+    inputs: Tensor  # [B, N, D_in], normalised
+    k: Tensor  # [B, N, D]
+    v: Tensor  # [B, N, D]
+    slots: Tensor  # [B, K, D]
+    attn: Tensor  # [B, K, N], sums to 1 over the slots
+    present: Tensor  # [B, K], bool: the slots that were not dropped
 
 
 class FramedSlotAttention(SlotAttention):
     """Slot Attention with a position and a scale per slot (Invariant Slot Attention, Biza et al. 2023).
 
-    It differs from Algorithm 1 in six points:
+    It differs from Algorithm 1 in these points:
 
-    frame          The first three entries of a slot are the mean position (x, y) and the standard deviation
-                   of its attention. They are measured in every iteration; the rest is updated by the GRU.
-                   A scale of 0 means that the slot is absent: its mask is 0.
-    locality bias  A learned multiple of the squared distance to the slot, in its frame, is subtracted from
-                   the logits: objects of similar colour are separated by their position.
-    damping        The sum over the inputs is divided by (attention won + damping * N) instead of (attention
-                   won), so a slot that wins little changes little. In Algorithm 1 every spare slot gets a
-                   full mean of the inputs and moves onto an object that another slot already represents
-                   (see also Krimmel et al. 2024, arXiv 2407.04170).
-    reallocation   Two slots may share an object while another slot holds two. After each of `moves` iterations
-                   from the fourth on, the slot that KeepHead needs least, if it is redundant, is moved to where
-                   ErrorHead predicts the largest error. After each of the last `drops` iterations before the last
-                   one, it is dropped instead: one slot at a time, so that another can take over. With more slots than
-                   in training there are as many more drops, and if the iterations do not suffice for both, fewer moves
-                   and then fewer drops. See reallocation_loss().
+    frame          The first three entries of a slot are the mean position (x, y) and the standard deviation of its
+                   attention. They are measured in every iteration; the GRU updates the rest.
+    locality bias  A learned multiple of the squared distance to the slot, in its frame, is subtracted from the
+                   logits: objects of similar colour are separated by their position.
+    drops          There are more slots than needed, so that no object is left without one. After the T iterations
+                   follow `drops` more. Before each of them the slot with the lowest KeepHead logit, if that is below
+                   0, is dropped, and another one takes over its positions. With more slots than in training there are
+                   as many more drops. A dropped slot wins no attention, and its scale is 0.
     gradient       With 'first_order' it passes through the last iteration only, and straight through to the initial
                    slots (Chang et al. 2022, arXiv 2207.00787; BO-QSA, Jia et al. 2023, arXiv 2210.08990); with 'full'
                    through all iterations, as in the paper.
     glimpse        After the last iteration each slot reads the features around it, see Glimpse.
     """
 
-    MIN_SCALE = 0.05
+    MIN_SCALE = 0.05  # of a frame
+    MIN_REACH = 0.08  # smallest scale for the locality bias and the glimpse
 
-    def __init__(
-        self, input_dim: int, grid_size: int, *args,
-        gradient: str = 'full', damping: float = 0.0, moves: int = 0, drops: int = 0, **kwargs,
-    ):  # fmt: skip
-        super().__init__(input_dim, *args, **kwargs)
-        self.gradient, self.damping, self.moves, self.drops = gradient, damping, moves, drops
-        if moves or drops:
-            self.keep_head = KeepHead(self.slot_dim)
-            self.error_head = ErrorHead(input_dim, self.slot_dim)
+    def __init__(self, config: 'ModelConfig', input_dim: int, grid_size: int):
+        super().__init__(input_dim, config.num_slots, config.slot_dim, config.num_iterations)
+        self.config = config
         self.register_buffer('grid', coord_grid(grid_size), persistent=False)
         self.locality_bias = nn.Parameter(torch.tensor(-2.0))  # before a softplus
-        self.glimpse = Glimpse(input_dim, self.slot_dim)
+        self.keep_head = KeepHead(config.slot_dim)
+        self.glimpse = Glimpse(input_dim, config.slot_dim)
 
     def forward(
-        self,
-        inputs: Tensor,
-        slots: Tensor | None = None,
-        num_iterations: int | None = None,
-        moves: int | None = None,
-        drops: int | None = None,
-        trace: Trace | None = None,
+        self, inputs: Tensor, slots: Tensor | None = None, num_iterations: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Arguments and shapes as SlotAttention.forward; N = h * w positions of a square grid.
+        """As SlotAttention.forward(); N = h * w positions of a square grid, T counts the drops too."""
+        state, attn = self.iterate(inputs, slots, num_iterations)
+        return self.look(state), attn
 
-        moves, drops  fewer in training; default: the constructor's
-        trace         is filled for reallocation_loss()
+    def iterate(
+        self, inputs: Tensor, slots: Tensor | None = None, num_iterations: int | None = None, drops: int | None = None
+    ) -> tuple[State, Tensor]:
+        """Finds objects with more slots than needed, then drops slots: the last state, attention [B, T + drops, K, N].
+
+        Arguments as in SlotAttention.forward(); `drops` is the configuration's by default.
         """
-        slots = self.initial_slots(len(inputs), self.num_slots) if slots is None else slots
+        slots = self.initial_slots(inputs.shape[0], self.num_slots) if slots is None else slots
         T = self.num_iterations if num_iterations is None else num_iterations
-        moves, drops = self.moves if moves is None else moves, self.drops if drops is None else drops
-        free = max(T - 4, 0)  # iterations after the first three and before the last
-        drops = min(drops + max(slots.shape[1] - self.num_slots, 0), free) if drops else 0
-        moves = min(moves, free - drops)
-        initial, attns = slots, []
-        slot_mask = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)  # all are present, [B, K]
+        if drops is None:
+            drops = self.config.drops and self.config.drops + max(slots.shape[1] - self.num_slots, 0)
+        first_order, with_grad = self.config.gradient == 'first_order', torch.is_grad_enabled()
+        initial, slots, attns = slots, slots.detach() if first_order else slots, []
+        present = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)  # [B, K]
 
         inputs = self.norm_inputs(inputs)  # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)  # [B, N, D] each
         k = k.transpose(1, 2).contiguous().transpose(1, 2)  # faster in the products of all iterations
-        for t in range(T):
-            last = t == T - 1
-            if self.gradient == 'first_order':
-                slots = slots.detach()
-                if last:  # the value of slots, the gradient of the initial ones
-                    slots = slots + initial - initial.detach()
+        for t in range(T + drops):
+            if t >= T:
+                present = present & ~self.redundant(slots, attns[-1], present)
+            last = t == T + drops - 1
+            if last and first_order:
+                slots = slots + initial - initial.detach()  # the value of slots, the gradient of the initial ones
             # Without a graph for the iterations that get no gradient a training step takes four fifths of the time.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or self.gradient == 'full')):
-                slots, attn = self.step(slots, k, v, slot_mask)
-                if trace is not None and (3 <= t < 3 + MOVES_IN_TRAINING or T - 1 - self.drops <= t < T - 1):
-                    trace.states.append((slots, attn, slot_mask))
-                if moves or drops:
-                    slots, slot_mask = self.reallocate(slots, attn, slot_mask, inputs, k, v, t, T, moves, drops)
+            with torch.set_grad_enabled(with_grad and (last or not first_order)):
+                slots, attn = self.step(slots, k, v, present)
             attns.append(attn)
-        if trace is not None:
-            trace.inputs, trace.k, trace.v = inputs.detach(), k.detach(), v.detach()
-            trace.last = slots.detach(), attn.detach(), slot_mask
-        return self.add_glimpse(inputs, slots, attn, slot_mask), torch.stack(attns, dim=1)
+        return State(inputs, k, v, slots, attn, present), torch.stack(attns, dim=1)
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """One iteration: slots [B, K, D], k and v [B, N, D], slot_mask [B, K] -> slots, attn [B, K, N]."""
-        attn = self.logits(slots, k, slot_mask).softmax(dim=1)  # Eq. 1, [B, K, N]
-        return self.update(slots, attn, v), attn
-
-    def logits(self, slots: Tensor, k: Tensor, slot_mask: Tensor) -> Tensor:
-        """Attention logits with locality bias [B, K, N]: slots [B, K, D], k [B, N, D], slot_mask [B, K]."""
+    def step(self, slots: Tensor, k: Tensor, v: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """One iteration: slots [B, K, D], k and v [B, N, D], present [B, K] -> slots, attn [B, K, N]."""
+        B, K, D = slots.shape
         q = self.project_q(self.norm_slots(slots))  # [B, K, D]
-        scales = slots[..., 2:FRAME].clamp(min=Glimpse.MIN_SCALE)
+        scales = slots[..., 2:FRAME].clamp(min=self.MIN_REACH)
         squares = to_slot_frame(self.grid, slots[..., :2], scales).square()  # [B, K, 2, w]
         x, y = (F.softplus(self.locality_bias) * squares).unbind(2)  # [B, K, w] each
-        y = y.masked_fill(~slot_mask[:, :, None], torch.finfo(y.dtype).max)
         distance = (x[:, :, None, :] + y[:, :, :, None]).flatten(2)  # [B, K, N], in the slot's frame, times the bias
-        return (q * slots.shape[2] ** -0.5) @ k.transpose(1, 2) - distance
-
-    def update(self, slots: Tensor, attn: Tensor, v: Tensor) -> Tensor:
-        """Slots [B, K, D] updated with what they attend to: attn [B, K, N], v [B, N, D]."""
-        B, K, D = slots.shape
-        won = attn.sum(dim=2, keepdim=True)  # [B, K, 1]
-        updates = attn @ v / (won + (self.damping + 1e-8) * attn.shape[2])  # Eq. 2, damped, [B, K, D]
+        logits = (q * D**-0.5) @ k.transpose(1, 2) - distance  # [B, K, N]
+        attn = logits.masked_fill(~present[:, :, None], -math.inf).softmax(dim=1)  # Eq. 1, [B, K, N]
+        weights = attn / (attn.sum(dim=2, keepdim=True) + 1e-6)  # Eq. 2, [B, K, N]
+        updates = weights @ v  # [B, K, D]
         slots = self.gru(updates.reshape(B * K, D), slots.reshape(B * K, D)).reshape(B, K, D)
         slots = slots + self.mlp(self.norm_mlp(slots))
-        return torch.cat([*self.frame(attn), slots[..., FRAME:]], dim=2)
+        return torch.cat([*self.frame(attn), slots[..., FRAME:]], dim=2), attn
 
-    def reallocate(
-        self, slots: Tensor, attn: Tensor, slot_mask: Tensor, inputs: Tensor, k: Tensor, v: Tensor, t: int, T: int,
-        moves: int, drops: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Moves or drops the least needed slot after iteration t of T, if it is due: slots [B, K, D], slot_mask [B, K].
-
-        moves, drops  how many there are in all, at most T - 4
-        """
-        moving, dropping = 3 <= t < 3 + moves, T - 1 - drops <= t < T - 1
-        if not (moving or dropping):
-            return slots, slot_mask
-        chosen = self.redundant_slot(slots, attn, slot_mask)
-        if dropping:
-            return slots, slot_mask & ~chosen
-        worst = around_maximum(self.predicted_error(inputs, slots, attn, slot_mask, k).exp(), self.grid)  # [B, N]
-        return torch.where(chosen[:, :, None], self.update(slots, worst[:, None].expand_as(attn), v), slots), slot_mask
-
-    def redundant_slot(self, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
-        """The least needed slot of each image, if it is more likely not needed and others exist: bool [B, K]."""
-        logit, index = self.keep_head(slots, attn, slot_mask).min(dim=1)  # [B] each
-        redundant = (logit < 0) & (slot_mask.sum(dim=1) > 1)  # [B]
+    @torch.no_grad()
+    def redundant(self, slots: Tensor, attn: Tensor, present: Tensor) -> Tensor:
+        """The least needed slot of each image, if KeepHead does not need it and others are present: bool [B, K]."""
+        logits = self.keep_head(slots, attn, present).masked_fill(~present, math.inf)  # [B, K]
+        lowest, index = logits.min(dim=1)  # [B] each
+        redundant = (lowest < 0) & (present.sum(dim=1) > 1)  # [B]
         return F.one_hot(index, slots.shape[1]).bool() & redundant[:, None]
 
-    def predicted_error(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor, k: Tensor) -> Tensor:
-        """The logarithm of the squared error that ErrorHead predicts at each position: [B, N]."""
-        with torch.no_grad():  # only the head learns from its loss
-            evidence = self.logits(slots, k, slot_mask).logsumexp(dim=1)  # [B, N]
-        return self.error_head(inputs, slots, attn, evidence)
-
-    def add_glimpse(self, inputs: Tensor, slots: Tensor, attn: Tensor, slot_mask: Tensor) -> Tensor:
-        """The slots to decode: normalised inputs [B, N, D_in], slots [B, K, D], attn [B, K, N], slot_mask [B, K].
-
-        The glimpse is added to all but the frame; absent slots get the scale 0.
-        """
-        positions, scales, _ = slots.split([2, 1, self.slot_dim - FRAME], dim=2)
-        seen = self.glimpse(inputs, attn, positions, scales, self.grid, self.norm_slots(slots))
-        scales = scales.masked_fill(~slot_mask[:, :, None], 0)
-        return torch.cat([positions, scales, (slots + seen)[..., FRAME:]], dim=2)
+    def look(self, state: State) -> Tensor:
+        """The slots to decode [B, K, D]: a glimpse is added to all but the frame, and absent slots get the scale 0."""
+        positions, scales, _ = state.slots.split([2, 1, self.slot_dim - FRAME], dim=2)
+        reach = scales.clamp(min=self.MIN_REACH)
+        seen = self.glimpse(state.inputs, state.attn, positions, reach, self.grid, self.norm_slots(state.slots))
+        scales = scales.masked_fill(~state.present[:, :, None], 0)
+        return torch.cat([positions, scales, (state.slots + seen)[..., FRAME:]], dim=2)
 
     def frame(self, attn: Tensor) -> tuple[Tensor, Tensor]:
         """attn [B, K, N] -> positions [B, K, 2] and scales [B, K, 1] of the slots.
@@ -577,6 +454,35 @@ class FramedSlotAttention(SlotAttention):
         return positions, scales
 
 
+class KeepHead(nn.Module):
+    """Predicts which slots are needed: an MLP over a slot and the mean of its pairs with the other slots.
+
+    A slot is described by its vector, the attention it won, its peak, and how clearly it won; a pair also by the share
+    of each slot's attention that overlaps the other's, so the head can see that another slot covers the same positions.
+    """
+
+    def __init__(self, slot_dim: int, width: int = 64):
+        super().__init__()
+        self.norm = nn.LayerNorm(slot_dim)
+        self.token = nn.Linear(slot_dim + 3, 3 * width)  # alone, first of a pair, second of a pair
+        self.shared = nn.Linear(2, width)
+        self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1))
+        nn.init.constant_(self.mlp[-1].bias, 2.0)  # at first all slots are needed
+
+    def forward(self, slots: Tensor, attn: Tensor, present: Tensor) -> Tensor:
+        """slots [B, K, D], attn [B, K, N], present bool [B, K] -> logits [B, K] of being needed."""
+        won = attn.sum(dim=2, keepdim=True) + 1e-2  # [B, K, 1]
+        peak, clearly = attn.amax(dim=2, keepdim=True), attn.square().sum(dim=2, keepdim=True) / won
+        tokens = torch.cat([self.norm(slots), (won / attn.shape[2]).log(), peak, clearly], dim=2)  # [B, K, D + 3]
+        alone, first, second = self.token(tokens).chunk(3, dim=2)  # [B, K, width] each
+        shared = (attn @ attn.transpose(1, 2) / won + 1e-3).log()  # [B, K, K], share of one that overlaps the other
+        shared = self.shared(torch.stack([shared, shared.transpose(1, 2)], dim=3))  # [B, K, K, width]
+        pairs = (first[:, :, None] + second[:, None] + shared).relu()
+        others = (present / present.sum(dim=1, keepdim=True)).to(pairs.dtype)  # [B, K]
+        pairs = (pairs * others[:, None, :, None]).sum(dim=2)  # [B, K, width]
+        return self.mlp(torch.cat([alone.relu(), pairs], dim=2)).squeeze(2)
+
+
 class Glimpse(nn.Module):
     """Reads the features around each slot into BINS x BINS bins of its frame, which reach REACH scales each way.
 
@@ -586,7 +492,7 @@ class Glimpse(nn.Module):
     et al. 2015, arXiv 1506.02025).
     """
 
-    BINS, REACH, CHANNELS, MIN_SCALE = 7, 3.0, 32, 0.08
+    BINS, REACH, CHANNELS = 7, 3.0, 32
 
     def __init__(self, input_dim: int, slot_dim: int):
         super().__init__()
@@ -605,7 +511,7 @@ class Glimpse(nn.Module):
 
         inputs [B, N, C], attn [B, K, N], positions [B, K, 2], scales [B, K, 1], grid [w], slots [B, K, D]
         """
-        bin_width = scales.clamp(min=self.MIN_SCALE) * 2 * self.REACH / (self.BINS - 1)  # [B, K, 1]
+        bin_width = scales * 2 * self.REACH / (self.BINS - 1)  # [B, K, 1]
         offsets = (grid - positions[..., None]) / bin_width[..., None]  # [B, K, 2, w], in bins
         kernel = (1 - (offsets[..., None, :] - self.centres[:, None]).abs()).clamp(min=0)  # [B, K, 2, BINS, w]
         x, y = kernel.unbind(2)  # [B, K, BINS, w] each
@@ -627,13 +533,14 @@ ALL_PIXELS = (slice(None), slice(None))
 class ImplicitDecoder(nn.Module):
     """Decodes a slot with a small network whose weights are a function of the slot (a hyper-network).
 
-    It maps a pixel's coordinates in the slot's frame, see to_slot_frame(), to colours and a mask logit. The logit is a
-    sum of UNITS half-planes. Colours are quadratic in the coordinates: smooth, so an outline must be one of the mask,
-    and one slot cannot draw two objects, or an object and its background, as well as two slots can. Only slots with
-    a scale above WIDE, which are backgrounds, have half-planes in their colours too, for shadows and a horizon.
+    It maps a pixel's coordinates in the slot's frame, see to_slot_frame(), to colours and a mask logit. Both are
+    quadratic in the coordinates, and the logit is also a sum of UNITS half-planes. Colours are smooth, so only the
+    mask can draw an edge: one slot cannot draw two objects, or an object and its background, as well as two slots
+    can. Slots with a scale above WIDE, which are backgrounds, have half-planes in their colours too, for shadows and
+    a horizon.
 
     Any rows and columns can be decoded alone, and an object looks the same wherever it lies (as in Invariant Slot
-    Attention). A slot with a scale of 0 or below is absent: its logit is the lowest number.
+    Attention).
     """
 
     UNITS, WIDE, MIN_SCALE = 16, 0.4, 0.01
@@ -641,7 +548,7 @@ class ImplicitDecoder(nn.Module):
     def __init__(self, resolution: int, slot_dim: int, hidden_dim: int):
         super().__init__()
         self.register_buffer('grid', coord_grid(resolution), persistent=False)
-        self.num_weights = [3 * self.UNITS, 4 * (self.UNITS + 1), 3 * 4]
+        self.num_weights = [3 * self.UNITS, 4 * self.UNITS, 4 * 5]
         width = 3 * hidden_dim  # computed per slot, not per pixel: cheap
         self.hyper = nn.Sequential(nn.Linear(slot_dim, width), nn.ReLU(), nn.Linear(width, sum(self.num_weights)))
         keras_init(self)
@@ -650,76 +557,90 @@ class ImplicitDecoder(nn.Module):
 
     def forward(self, slots: Tensor, pixels: Pixels = ALL_PIXELS) -> Tensor:
         """slots [M, D] -> colours and mask logit [M, 4, H, W] of the rows and columns in `pixels`."""
-        positions, scales = slots[:, :2], slots[:, 2:FRAME]
-        present, scales = scales > 0, scales.clamp(min=self.MIN_SCALE)  # [M, 1] each
+        positions, scales = slots[:, :2], slots[:, 2:FRAME].clamp(min=self.MIN_SCALE)  # [M, 2], [M, 1]
         rows, columns = pixels
         x = to_slot_frame(self.grid[columns], positions, scales)[:, 0:1]  # [M, 1, W]
         y = to_slot_frame(self.grid[rows], positions, scales)[:, 1:2]  # [M, 1, H]
         code = torch.cat([positions, scales.log(), slots[:, FRAME:]], dim=1)
-        inner, outer, colour = self.hyper(code).split(self.num_weights, dim=1)
-        inner, outer, colour = (w.unflatten(1, (n, -1)) for w, n in ((inner, self.UNITS), (outer, 4), (colour, 3)))
-        # Half-planes and colours are a function of x plus a function of y: no product per pixel is needed.
+        inner, outer, smooth = self.hyper(code).split(self.num_weights, dim=1)
+        inner, outer, smooth = inner.unflatten(1, (-1, 3)), outer.unflatten(1, (4, -1)), smooth.unflatten(1, (4, 5))
+        # Half-planes and quadratics are a function of x plus a function of y: no product per pixel is needed.
         along_x = inner[:, :, 0:1] * x + inner[:, :, 2:3]  # [M, UNITS, W]
         along_y = inner[:, :, 1:2] * y  # [M, UNITS, H]
-        # Rounding to the dtype of autocast before the ReLU, not after it, halves the memory traffic.
-        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(outer.dtype)  # [M, UNITS, H, W]
-        hidden = hidden.relu_().flatten(2)  # [M, UNITS, H * W]
-        wide = torch.sigmoid((scales - self.WIDE) / (0.1 * self.WIDE)).to(outer.dtype)[:, :, None]  # [M, 1, 1]
-        weights = torch.cat([outer[:, :3, :-1] * wide, outer[:, 3:, :-1]], dim=1) * self.UNITS**-0.5  # [M, 4, UNITS]
-        decoded = torch.baddbmm(outer[:, :, -1:], weights, hidden)  # [M, 4, H * W]
-        rgbs, logit = decoded.unflatten(2, (y.shape[2], x.shape[2])).split([3, 1], dim=1)
+        hidden = (along_x[:, :, None, :] + along_y[:, :, :, None]).relu_()  # [M, UNITS, H, W]
         x, y = x / FRAME_LIMIT, y / FRAME_LIMIT  # in [-1, 1]
-        along_x = colour[:, :, 0:1] * x + colour[:, :, 1:2] * x.square()  # [M, 3, W]
-        along_y = colour[:, :, 2:3] * y + colour[:, :, 3:4] * y.square()  # [M, 3, H]
-        smooth = (along_x[:, :, None, :] + along_y[:, :, :, None]).to(rgbs.dtype)
-        logit = logit.masked_fill(~present[:, :, None, None], torch.finfo(logit.dtype).min)
-        return torch.cat([rgbs + smooth, logit], dim=1)
+        along_x = smooth[:, :, 0:1] * x + smooth[:, :, 1:2] * x.square() + smooth[:, :, 4:]  # [M, 4, W]
+        along_y = smooth[:, :, 2:3] * y + smooth[:, :, 3:4] * y.square()  # [M, 4, H]
+        quadratic = along_x[:, :, None, :] + along_y[:, :, :, None]  # [M, 4, H, W]
+        wide = torch.sigmoid((scales - self.WIDE) / (0.1 * self.WIDE))[:, :, None]  # [M, 1, 1]
+        weights = torch.cat([outer[:, :3] * wide, outer[:, 3:]], dim=1) * self.UNITS**-0.5  # [M, 4, UNITS]
+        return torch.baddbmm(quadratic.flatten(2), weights, hidden.flatten(2)).view_as(quadratic)
 
 
-def fast_parts(config: 'ModelConfig') -> tuple[StridedEncoder, FramedSlotAttention, ImplicitDecoder]:
-    """Encoder, Slot Attention and decoder of the fast variant."""
-    encoder = StridedEncoder(config.resolution, config.hidden_dim)
-    attention = FramedSlotAttention(
-        config.hidden_dim, encoder.grid_size, config.num_slots, config.slot_dim, config.num_iterations,
-        gradient=config.gradient, damping=config.damping, moves=config.moves, drops=config.drops,
-    )  # fmt: skip
-    return encoder, attention, ImplicitDecoder(config.resolution, config.slot_dim, config.hidden_dim)
+class FastAutoEncoder(SlotAttentionAutoEncoder):
+    """The autoencoder with the encoder, attention and decoder of the fast variant; `config` is a ModelConfig.
 
-
-def decode_partial(
-    model: SlotAttentionAutoEncoder, slots: Tensor, pixels: Pixels = ALL_PIXELS
-) -> tuple[Tensor, Tensor]:
-    """As model.decode(), for some of the pixels: slots [B, K, D] -> colours [B, K, 3, H, W], masks [B, K, 1, H, W].
-
-    pixels  the rows and columns to decode, H and W of them
+    Another decoder is a module of slots [M, D] and pixels, see ImplicitDecoder.forward(). It need not know of absent
+    slots, nor of the softmax.
     """
-    flat = slots.flatten(0, 1)  # [M, D]
-    if isinstance(model.decoder, ImplicitDecoder):
-        decoded = model.decoder(flat, pixels)
-    else:  # a convolution needs its neighbours: decode the whole image
-        decoded = model.decoder(flat)[:, :, pixels[0]][..., pixels[1]]
-    rgbs, logits = decoded.unflatten(0, slots.shape[:2]).split([3, 1], dim=2)
-    return rgbs, logits.softmax(dim=1)
+
+    def __init__(self, config: 'ModelConfig'):
+        nn.Module.__init__(self)
+        self.config = config
+        self.encoder = StridedEncoder(config.resolution, config.hidden_dim)
+        self.slot_attention = FramedSlotAttention(config, config.hidden_dim, self.encoder.grid_size)
+        self.decoder = ImplicitDecoder(config.resolution, config.slot_dim, config.hidden_dim)
+
+    def decode(self, slots: Tensor, pixels: Pixels = ALL_PIXELS) -> tuple[Tensor, Tensor]:
+        """As SlotAttentionAutoEncoder.decode(), for some rows and columns. A slot with a scale of 0 has no mask."""
+        B, K, D = slots.shape
+        decoded = self.decoder(slots.reshape(B * K, D), pixels).unflatten(0, (B, K))  # [B, K, 4, H, W]
+        rgbs, logits = decoded.split([3, 1], dim=2)
+        absent = slots[:, :, 2, None, None, None] <= 0  # [B, K, 1, 1, 1]
+        return rgbs, logits.masked_fill(absent, torch.finfo(logits.dtype).min).softmax(dim=1)
 
 
-def around_maximum(values: Tensor, grid: Tensor) -> Tensor:
-    """Values >= 0 on the feature grid [B, N] -> a window around their maximum, [B, N], whose largest entry is 1.
+def keep_loss(
+    model: FastAutoEncoder, images: Tensor, state: State, masks: Tensor, errors: Tensor, pixels: Pixels,
+    rng: np.random.Generator,
+) -> Tensor:  # fmt: skip
+    """The loss of KeepHead in a training step: cross entropy with is_needed(). Only the head gets a gradient.
 
-    The values are smoothed before the maximum is taken, with a kernel about as wide as an object.
+    On half of the images one slot is removed: the one with the lowest logit, or any. The others get one iteration to
+    take over its positions, and is_needed() judges the result at the pixels of the loss.
+
+    images         [B, 3, H, W]
+    state          of the forward pass
+    masks, errors  masks [B, K, 1, h, w] and squared errors [B, h, w] of its reconstruction at the rows and columns
+                   in `pixels`, two tensors of indices
     """
-    size, values = len(grid), values.unflatten(1, (len(grid), len(grid)))  # [B, h, w]
-    kernel = torch.exp(-0.5 * ((grid[:, None] - grid) / 0.125).square()).to(values)  # [w, w]
-    worst = (kernel @ values @ kernel).flatten(1).argmax(dim=1)  # [B]
-    window = (values * kernel[worst // size][:, :, None] * kernel[worst % size][:, None, :]).flatten(1)
-    return window / (window.amax(dim=1, keepdim=True) + 1e-12)
+    attention = model.slot_attention
+    half = slice(int(rng.integers(min(2, len(images)))), None, 2)
+    inputs, k, v, slots, attn, present = (tensor[half].detach() for tensor in state)
+    n, K = present.shape
+    logits = attention.keep_head(slots, attn, present)  # [n, K]
+    draw = torch.from_numpy(rng.random((n, K + 1))).to(slots)
+    lowest = logits.detach().masked_fill(~present, math.inf).argmin(dim=1)  # [n]
+    chosen = torch.where(draw[:, K] < 0.5, (draw[:, :K] * present).argmax(dim=1), lowest)  # [n]
+    removed = F.one_hot(chosen, K).bool()  # [n, K]
+    with torch.no_grad():
+        others = present & ~removed
+        after = attention.look(State(inputs, k, v, *attention.step(slots, k, v, others), others))  # [n, K, D]
+        rgbs, masks_after = model.decode(after, pixels)
+        target = images[half][:, :, pixels[0]][..., pixels[1]]
+        errors_after = ((rgbs * masks_after).sum(dim=1) - target).float().square().mean(dim=1)
+        mask = masks[half][removed].squeeze(1).float()  # of the removed slot, [n, h, w]
+        needed = is_needed(target, errors[half], errors_after, mask)  # [n]
+    terms = F.binary_cross_entropy_with_logits(logits[removed].float(), needed.float(), reduction='none')
+    return (terms * (present.sum(dim=1) > 1)).mean()
 
 
 def is_needed(images: Tensor, before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     """Whether each image needs a slot, judged by the squared error with it and without it: bool [n].
 
-    images         [n, 3, H, W]
-    before, after  squared error with the slot and without it at the decoded pixels, [n, h, w] each
-    mask           the slot's mask at these pixels, [n, h, w]
+    images         [n, 3, h, w]
+    before, after  squared error with the slot and without it, [n, h, w] each
+    mask           the slot's mask, [n, h, w]
 
     By the rise of the MSE alone, objects and parts of objects differ little: a small object changes few pixels, and a
     part is missed along its whole outline. They differ in the share of the slot's own pixels that become wrong: nearly
@@ -734,121 +655,9 @@ def is_needed(images: Tensor, before: Tensor, after: Tensor, mask: Tensor) -> Te
     return rise * coverage**4 > 0.002 * variance
 
 
-def reallocation_loss(
-    model: SlotAttentionAutoEncoder, images: Tensor, errors: Tensor, trace: Trace, rng: np.random.Generator
-) -> Tensor:
-    """The loss of KeepHead and ErrorHead in a training step; the rest of the model gets no gradient from it.
-
-    images  [B, 3, H, W]
-    errors  [B, h, w], squared errors of their reconstruction, of any rows and columns
-    trace   of the forward pass
-    """
-    attention, size = model.slot_attention, model.encoder.grid_size
-    target = (F.adaptive_avg_pool2d(errors.detach(), size).flatten(1) + 1e-5).log()  # [B, N]
-    predicted = attention.predicted_error(trace.inputs, *trace.last, trace.k)
-    # The likelihood of an exponential distribution: lowest where the predicted error is the mean error.
-    loss = 0.01 * (predicted + (target - predicted).clamp(max=6).exp() - target - 1).mean()
-    slots, attn, slot_mask, chosen, needed = try_without(model, images, trace, rng)
-    logits = attention.keep_head(slots, attn, slot_mask).gather(1, chosen[:, None]).squeeze(1)  # [n]
-    terms = F.binary_cross_entropy_with_logits(logits, needed.float(), reduction='none')
-    return loss + 0.1 * (terms * (slot_mask.sum(dim=1) > 1)).mean()
-
-
-@torch.no_grad()
-def try_without(
-    model: SlotAttentionAutoEncoder, images: Tensor, trace: Trace, rng: np.random.Generator
-) -> tuple[Tensor, ...]:
-    """Tests on half of the images whether one slot is needed: slots [n, K, D], attn [n, K, N], slot_mask [n, K], the
-    index of the slot [n], and bool [n].
-
-    From a random state of the forward pass a few slots are dropped one after the other, as later in the pass, then
-    one more: the one that KeepHead needs least, or any. The others get one iteration to take over, and is_needed()
-    judges the result.
-    """
-    attention = model.slot_attention
-    half = slice(int(rng.integers(min(2, len(images)))), None, 2)
-    state = trace.states[rng.integers(len(trace.states))]
-    images, slots, attn, slot_mask, inputs, k, v = (x[half] for x in (images, *state, trace.inputs, trace.k, trace.v))
-    n, K = slots.shape[:2]
-    for _ in range(int(rng.integers(1 + attention.drops))):
-        slot_mask = slot_mask & ~attention.redundant_slot(slots, attn, slot_mask)
-        slots, attn = attention.step(slots, k, v, slot_mask)
-    draw = torch.from_numpy(rng.random((n, K + 1))).to(slots)
-    any_slot = (draw[:, :K] * slot_mask).argmax(dim=1)  # [n]
-    chosen = torch.where(draw[:, K] < 0.5, any_slot, attention.keep_head(slots, attn, slot_mask).argmin(dim=1))
-    masks_tried = torch.cat([slot_mask, slot_mask & ~F.one_hot(chosen, K).bool()])  # [2 n, K]
-    inputs, k, v = (torch.cat([x, x]) for x in (inputs, k, v))
-    tried, tried_attn = attention.step(torch.cat([slots, slots]), k, v, masks_tried)
-    rows, columns = pixels = tuple(slice(int(i), None, 3) for i in rng.integers(3, size=2))
-    rgbs, masks = decode_partial(model, attention.add_glimpse(inputs, tried, tried_attn, masks_tried), pixels)
-    target = images[:, :, rows, columns]
-    error = ((rgbs * masks).sum(dim=1).float() - torch.cat([target, target])).square().mean(dim=1)
-    before, after = error.chunk(2)  # [n, h, w] each
-    mask = masks[torch.arange(n, device=chosen.device), chosen].squeeze(1).float()  # with the slot, [n, h, w]
-    return slots, attn, slot_mask, chosen, is_needed(images, before, after, mask)
-
-
-class AcceleratedBroadcastDecoder(SpatialBroadcastDecoder):
-    """The layers of a SpatialBroadcastDecoder, computed faster on CPUs; equal to rounding, with the same state_dict.
-
-    First layer: it is linear in the sum of a slot, the same at every position, and the position embedding, the
-    same for every slot. At stride 1 (Table 5) it is computed once for the positions, and for each slot only at
-    the border and at one position inside, which saves half of that decoder's work.
-
-    Mirror image: all is computed with flipped kernels on a flipped grid, and the result is flipped back. There
-    the padding of ConvTranspose2dSame is PyTorch's output_padding, without a copy to crop, and a transposed
-    convolution of stride 1 is a convolution with the kernel as stored.
-    """
-
-    def __init__(self, decoder: SpatialBroadcastDecoder):
-        nn.Module.__init__(self)
-        self.position, self.conv = decoder.position, decoder.conv
-
-    def forward(self, slots: Tensor) -> Tensor:
-        """slots [M, D] -> colours and mask logit [M, 4, H, W]."""
-        first, *layers = self.conv
-        slots = slots[:, :, None, None]  # [M, D, 1, 1]
-        if first.stride[0] > 1:
-            x = self._mirrored(first, self.position(slots).flip(2, 3))
-        else:
-            x = self._first_layer(first, slots)
-        for layer in layers:
-            x = layer(x) if isinstance(layer, nn.ReLU) else self._mirrored(layer, x)
-        return x.flip(2, 3)
-
-    @staticmethod
-    def _mirrored(layer: ConvTranspose2dSame, x: Tensor) -> Tensor:
-        """The layer in the mirror image: [M, C_in, h, w] -> [M, C_out, stride * h, stride * w]."""
-        stride, padding = layer.stride[0], layer.kernel_size[0] // 2
-        if stride == 1 and layer.out_channels > 4:  # with 4 channels the transposed convolution is faster
-            return F.conv2d(x, layer.weight.transpose(0, 1), layer.bias, padding=padding)
-        return F.conv_transpose2d(x, layer.weight.flip(2, 3), layer.bias, stride, padding, stride - 1)
-
-    def _first_layer(self, layer: ConvTranspose2dSame, slots: Tensor) -> Tensor:
-        """layer(self.position(slots)) in the mirror image, for stride 1: slots [M, D, 1, 1] -> [M, C, h, w]."""
-        kernel, size = layer.kernel_size[0], len(self.position.grid)
-        # On a grid as large as the kernel a slot meets every border; only in the middle all taps are inside.
-        x = F.conv_transpose2d(slots.expand(-1, -1, kernel, kernel), layer.weight.flip(2, 3), padding=kernel // 2)
-        x = x.permute(0, 2, 3, 1)  # cat() orders the memory of its result by dimension: channels last
-        for dim in (1, 2):
-            before, middle, after = x.split([kernel // 2, 1, kernel // 2], dim)
-            shape = list(middle.shape)
-            shape[dim] = size - kernel + 1
-            x = torch.cat([before, middle.expand(shape), after], dim)
-        positions = self.position(torch.zeros_like(slots[:1])).flip(2, 3)  # [1, D, h, w]
-        return x.permute(0, 3, 1, 2) + self._mirrored(layer, positions)
-
-
 # =============================================================================================
 # 3. Search: improving the slots of one image at test time
 # =============================================================================================
-
-
-def reconstruction_error(model: SlotAttentionAutoEncoder, images: Tensor, slots: Tensor) -> Tensor:
-    """MSE of each image on every second row and column: images [B, 3, H, W], slots [B, K, D] -> [B]."""
-    every_second = slice(None, None, 2)
-    rgbs, masks = decode_partial(model, slots, (every_second, every_second))
-    return ((rgbs * masks).sum(dim=1) - images[:, :, every_second, every_second]).float().square().mean(dim=(1, 2, 3))
 
 
 def refine(
@@ -857,31 +666,32 @@ def refine(
     """Minimises each image's reconstruction error with respect to its slots: [B, K, D] -> [B, K, D].
 
     images [B, 3, H, W]. Semi-amortised inference (Kim et al. 2018, arXiv 1802.02550): the network's slots are the
-    start of `num_steps` steps of Adam, each on a quarter of the pixels, with a learning rate that falls from `lr` to
-    0. An image whose error does not fall keeps its slots.
+    start of `num_steps` steps of Adam, with a learning rate that falls from `lr` to 0. An image whose error does not
+    fall keeps its slots.
     """
+
+    def errors(slots: Tensor) -> Tensor:
+        rgbs, masks = model.decode(slots)
+        return ((rgbs * masks).sum(dim=1) - images).float().square().mean(dim=(1, 2, 3))  # [B]
+
     with torch.inference_mode(False), torch.enable_grad():
         images, before = images.clone(), slots.detach().clone()  # tensors made in inference mode have no gradient
         slots = before.clone().requires_grad_()
         optimizer = torch.optim.Adam([slots], betas=(0.5, 0.9))  # a short memory, for there are few steps
         for step in range(num_steps):
-            rows, columns = slice(step % 2, None, 2), slice(step // 2 % 2, None, 2)
-            rgbs, masks = decode_partial(model, slots, (rows, columns))
-            error = ((rgbs * masks).sum(dim=1) - images[:, :, rows, columns]).float().square()
-            (slots.grad,) = torch.autograd.grad(error.mean(dim=(1, 2, 3)).sum(), slots)
+            (slots.grad,) = torch.autograd.grad(errors(slots).sum(), slots)
             optimizer.param_groups[0]['lr'] = lr * (1 - step / num_steps)
             optimizer.step()
-        slots = slots.detach()
     with torch.no_grad():
-        improved = reconstruction_error(model, images, slots) < reconstruction_error(model, images, before)  # [B]
-        return torch.where(improved[:, None, None], slots, before)
+        improved = errors(slots) < errors(before)  # [B]
+        return torch.where(improved[:, None, None], slots.detach(), before)
 
 
 # =============================================================================================
 # 4. Scores
 # =============================================================================================
 
-IGNORE_LABEL = 255  # pixels with this label count in no score (the border in PASCAL VOC)
+IGNORE = 255  # pixels with this label count in no score (the border in PASCAL VOC)
 
 
 def segmentation(masks: Tensor) -> Tensor:
@@ -902,20 +712,15 @@ def contingency_table(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tens
     return table.scatter_add_(1, a * J + b, counted).unflatten(1, (I, J))
 
 
-def adjusted_rand_index(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
-    """Adjusted Rand index of two segmentations of each image, [B] (Hubert and Arabie 1985).
+def ari(table: Tensor) -> Tensor:
+    """Adjusted Rand index (Hubert and Arabie 1985) of a contingency table: [B, I, J] -> [B].
 
-    1 for equal partitions, 0 on average for independent ones. Two equal trivial partitions (one object,
-    found whole) score 1; an image without a counted pixel scores NaN. Arguments as in contingency_table().
+    1 for equal partitions, 0 on average for independent ones. Two equal trivial partitions (one object in one slot)
+    score 1; an image without a counted pixel scores NaN.
     """
-    return _ari(contingency_table(a, b, where))
-
-
-def _ari(table: Tensor) -> Tensor:
-    """Contingency table [B, I, J] -> ARI [B]. Counts of pairs are exact in float64, below 2^53."""
 
     def pairs(n: Tensor) -> Tensor:
-        return n.double() * (n - 1) / 2
+        return n.double() * (n - 1) / 2  # exact in float64, below 2^53
 
     total = pairs(table.sum((1, 2)))
     together = pairs(table).sum((1, 2))
@@ -926,52 +731,131 @@ def _ari(table: Tensor) -> Tensor:
     return torch.where(table.sum((1, 2)) > 0, score, torch.nan)
 
 
-def _best_and_matched_iou(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Contingency table [B, labels, slots] -> mBO [B] and mIoU [B] of the labels above 0; NaN without objects."""
+def iou(table: Tensor) -> Tensor:
+    """IoU of each object with each slot; 0 for an object without pixels: [B, labels, slots] -> [B, objects, slots]."""
     union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
-    iou = (table.double() / union.clamp(min=1))[:, 1:]  # [B, objects, slots]; 0 for an object without pixels
-    num_objects = (table.sum(2)[:, 1:] > 0).sum(1)  # [B]
-    best = iou.amax(dim=2).sum(1) / num_objects  # 0 / 0 is NaN
-    matched = [image[linear_sum_assignment(image, maximize=True)].sum() for image in iou.cpu().numpy()]
-    return best, torch.tensor(matched, dtype=iou.dtype, device=iou.device) / num_objects
+    return (table.double() / union.clamp(min=1))[:, 1:]
 
 
-def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Scores of each image, [B] each.
+def mean_best_overlap(table: Tensor) -> Tensor:
+    """Mean over the objects of the best IoU of any slot: [B, labels, slots] -> [B]; NaN without objects."""
+    return iou(table).amax(dim=2).sum(1) / (table.sum(2)[:, 1:] > 0).sum(1)
 
-    labels  [B, H, W], 0 is the background, 1, 2, ... are objects, 255 is ignored
-    masks   [B, K, 1, H, W]; a pixel belongs to the slot with the largest mask
 
-    fg_ari  ARI over the pixels of the true foreground (paper Section 4.1); NaN without foreground
-    ari     ARI over all pixels
-    mbo     mean over the objects of the best IoU that any slot has with them; NaN without objects
-    miou    mean IoU of objects and slots, matched one to one (Hungarian algorithm); an object without a slot
-            counts 0; NaN without objects
+def matched_iou(table: Tensor) -> Tensor:
+    """Mean IoU of objects and slots, matched one to one (Hungarian algorithm): [B, labels, slots] -> [B].
 
-    Raises ValueError for negative labels and for labels and masks of different sizes.
+    An object without a slot counts 0; NaN without objects.
+    """
+    matched = [image[linear_sum_assignment(image, maximize=True)].sum() for image in iou(table).cpu().numpy()]
+    return torch.tensor(matched, dtype=torch.double, device=table.device) / (table.sum(2)[:, 1:] > 0).sum(1)
+
+
+# The scores of a segmentation: title, and function of the contingency table [B, labels, slots] -> [B].
+SCORES = {
+    'fg_ari': ('FG-ARI', lambda table: ari(table[:, 1:])),  # over the true foreground (paper Section 4.1)
+    'ari': ('ARI', ari),  # over all pixels
+    'mbo': ('mBO', mean_best_overlap),
+    'miou': ('mIoU', matched_iou),
+}
+
+
+def adjusted_rand_index(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
+    """ARI of two segmentations of each image, [B]; arguments as in contingency_table()."""
+    return ari(contingency_table(a, b, where))
+
+
+def table_of(labels: Tensor, masks: Tensor) -> Tensor:
+    """Contingency table [B, labels, slots] of labels [B, H, W] and the strongest slots of masks [B, K, 1, H, W].
+
+    Pixels with the label IGNORE are left out. Raises ValueError for negative labels and for other sizes.
     """
     found = segmentation(masks)  # [B, H, W]
     if labels.shape != found.shape:
         raise ValueError(f'labels {list(labels.shape)} and masks {list(masks.shape)} are of different sizes')
     if labels.min() < 0:
         raise ValueError(f'labels must not be negative, the smallest is {int(labels.min())}')
-    counted = labels != IGNORE_LABEL
-    table = contingency_table(labels.where(counted, 0), found, counted)  # [B, labels, slots]
-    mbo, miou = _best_and_matched_iou(table)
-    return {'fg_ari': _ari(table[:, 1:]), 'ari': _ari(table), 'mbo': mbo, 'miou': miou}
+    counted = labels != IGNORE
+    return contingency_table(labels.where(counted, 0), found, counted)
+
+
+def segmentation_scores(labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """The SCORES of each image, [B] each; NaN for an image without objects (ARI: without pixels).
+
+    labels  [B, H, W], 0 is the background, 1, 2, ... are objects, IGNORE is left out
+    masks   [B, K, 1, H, W]; a pixel belongs to the slot with the largest mask
+
+    Raises ValueError for negative labels and for labels and masks of different sizes.
+    """
+    table = table_of(labels, masks)
+    return {name: score(table) for name, (_, score) in SCORES.items()}
 
 
 def fg_ari(labels: Tensor, masks: Tensor) -> Tensor:
     """FG-ARI of each image, [B]; arguments as in segmentation_scores()."""
-    return segmentation_scores(labels, masks)['fg_ari']
+    return ari(table_of(labels, masks)[:, 1:])
+
+
+# Failure modes: a statistic of mask_statistics(), the value above which it is a failure, and the advice.
+DIAGNOSES = {
+    'mask_entropy': (0.6, 'each object is spread over all slots: train longer, or raise --lr'),
+    'largest_slot': (0.9, 'one slot holds nearly all objects: lower --lr, raise --warmup_steps or change --seed'),
+    'sameness': (0.5, 'the masks do not depend on the image (stripes, blobs): raise --lr or change --seed'),
+    'missed': (0.2, 'many objects are left to the background: raise --num_iterations, --num_slots or --steps'),
+    'split': (0.15, 'several slots share an object: raise --steps or lower --num_slots'),
+}
+
+
+def mask_statistics(masks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Statistics that show how the slots fail, of each image, [B] each.
+
+    masks [B, K, 1, H, W], labels [B, H, W] with 0 = background. Without labels all of the image is foreground, and
+    `missed` and `split` are left out. Empty for K = 1.
+
+    mask_entropy  mean entropy of the masks at a pixel of the foreground, divided by log K; 1: all slots share all
+    sameness      ARI with the segmentation of the next image, if there is one; 1: the image does not matter
+    largest_slot  share of the foreground in the slot with most of it; NaN for one object, where it should be 1
+    missed        share of the objects that lie mostly in the background's slot
+    split         share of the foreground in neither the background's slot nor the main slot of its object
+
+    The background's slot has more than half of its pixels; if the slots share the background, there is none.
+    """
+    if masks.shape[1] == 1:
+        return {}
+    found, labels_or_ones = segmentation(masks), torch.ones_like(masks[:, 0, 0]).long() if labels is None else labels
+    where = (labels_or_ones > 0) & (labels_or_ones != IGNORE)
+    table = table_of(labels_or_ones, masks).double()  # [B, labels, slots]
+    objects, area = table[:, 1:], where.sum((1, 2))  # [B, objects, slots], [B]
+    entropy = torch.special.entr(masks.squeeze(2).double()).sum(dim=1) / math.log(masks.shape[1])
+    statistics = {'mask_entropy': (entropy * where).sum((1, 2)) / area, 'largest_slot': objects.sum(1).amax(1) / area}
+    if len(found) > 1:
+        statistics['sameness'] = adjusted_rand_index(found, found.roll(1, dims=0))
+    if labels is not None:
+        visible = objects.sum(2) > 0  # [B, objects]
+        statistics['largest_slot'].masked_fill_(visible.sum(1) < 2, math.nan)
+        background = table[:, :1] > table[:, :1].sum(dim=2, keepdim=True) / 2  # [B, 1, slots]
+        missed = (background & (objects == objects.amax(dim=2, keepdim=True))).any(dim=2) & visible  # [B, objects]
+        statistics['missed'] = missed.sum(1) / visible.sum(1)
+        elsewhere = objects * ~background
+        statistics['split'] = (elsewhere.sum(2) - elsewhere.amax(2)).sum(1) / area
+    return statistics
+
+
+def diagnose(statistics: dict[str, float]) -> str:
+    """The first of DIAGNOSES that the means of mask_statistics() show, '' if there is none."""
+    for name, (limit, _) in DIAGNOSES.items():
+        if name == 'largest_slot' and 'missed' not in statistics:
+            limit = 0.999  # without labels the largest slot is the background's, which may be large
+        if statistics.get(name, -math.inf) > limit:
+            return name
+    return ''
 
 
 # =============================================================================================
 # 5. Configuration and checkpoints
 # =============================================================================================
 
-MIN_RESOLUTION, MAX_RESOLUTION = 16, 256
-CHECKPOINT_FORMAT = 'slot-attention/4'
+CHECKPOINT_FORMAT = 'slot-attention/5'
 # Trained weights that come with the repository, by the name of their data set; those of `paper` begin with paper_.
 PRETRAINED = {path.stem: path for path in sorted((Path(__file__).parent / 'tests' / 'pretrained').glob('*.pth'))}
 
@@ -984,63 +868,65 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message gives the file and the reason in one line."""
 
 
+def option(default, help: str, low=None, high=None, choices=None, paper=None, fast_only: bool = False):
+    """A field of ModelConfig; its flag, its check and its help follow from it.
+
+    default    of the fast architecture; `paper` is that of the paper's, where it is another
+    low, high  range of a number, both included
+    choices    the values of a field that has few
+    fast_only  the paper's architecture has no such choice: it allows no value but `paper`
+    """
+    paper = default if paper is None else paper
+    metadata = dict(help=help, low=low, high=high, choices=choices, fast=default, paper=paper, fast_only=fast_only)
+    return field(default=None, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything needed to build a model; saved in every checkpoint.
+    """All that is needed to build a model; saved in every checkpoint. Each field is described by its help.
 
-    architecture    'fast': part 2 of this file; 'paper': part 1
-    resolution      side of the square images, pixels
-    num_slots       K, slots in training; another number can be given per call
-    slot_dim        D, size of a slot
-    num_iterations  T, iterations of Slot Attention; another number can be given per call
-    hidden_dim      channels of the hidden layers of encoder and decoder
-    gradient        'full', or 'first_order' of the fast variant, see FramedSlotAttention
-    damping         of the fast variant, see FramedSlotAttention; 0: a mean of the inputs as in Algorithm 1
-    moves, drops    of the fast variant: how often a redundant slot is moved or dropped, see FramedSlotAttention
-
-    Raises ConfigError for values that make no model, naming the field.
+    A field that is None takes the default of the architecture. Raises ConfigError, which names the field, for a value
+    out of range.
     """
 
-    architecture: str = 'fast'
-    resolution: int = 64
-    num_slots: int = 7
-    slot_dim: int = 64
-    num_iterations: int = 3
-    hidden_dim: int = 64
-    gradient: str = 'full'
-    damping: float = 0.0
-    moves: int = 0
-    drops: int = 0
+    architecture: str = option(
+        'fast', 'paper: Locatello et al. 2020, Tables 4-7; fast: a variant that learns in minutes on a CPU',
+        choices=('fast', 'paper'), paper='paper',
+    )  # fmt: skip
+    resolution: int = option(64, 'side of the square images in pixels', 16, 256)
+    num_slots: int = option(
+        11, 'number of slots: at least one per object and one for the background; spare ones are dropped', 1, 254,
+        paper=7,
+    )  # fmt: skip
+    slot_dim: int = option(64, 'size of a slot', 4, 4096)
+    hidden_dim: int = option(64, 'channels of the hidden layers of encoder and decoder', 1, 4096)
+    num_iterations: int = option(8, 'iterations of Slot Attention', 1, 1000, paper=3)
+    drops: int = option(
+        8, 'iterations that follow, before each of which a redundant slot is dropped', 0, 1000, paper=0, fast_only=True
+    )
+    gradient: str = option(
+        'first_order', 'backpropagate through all iterations (full) or the last one only (first_order)',
+        choices=('full', 'first_order'), paper='full', fast_only=True,
+    )  # fmt: skip
 
     def __post_init__(self):
-        for name, allowed in (('architecture', ('fast', 'paper')), ('gradient', ('full', 'first_order'))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f'{name} must be one of {", ".join(allowed)}, not {getattr(self, name)!r}')
-        if (self.architecture, self.gradient) == ('paper', 'first_order'):
-            raise ConfigError("gradient 'first_order' belongs to the 'fast' architecture; leave it 'full' for 'paper'")
-        for name in ('num_slots', 'slot_dim', 'num_iterations', 'hidden_dim'):
-            if getattr(self, name) < 1:
-                raise ConfigError(f'{name} must be at least 1, not {getattr(self, name)}')
-        for name in ('damping', 'moves', 'drops'):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f'{name} must be at least 0, not {getattr(self, name)}')
-            if self.architecture == 'paper' and getattr(self, name):
-                raise ConfigError(f"{name} belongs to the 'fast' architecture; leave it 0 for 'paper'")
-        if self.moves or self.drops:
-            needed = 4 + self.moves + self.drops
-            if self.gradient != 'first_order' or self.num_iterations < needed:
-                raise ConfigError(
-                    f"{self.moves} moves and {self.drops} drops need gradient 'first_order' and num_iterations of at "
-                    f'least {needed}'
-                )
-        if self.architecture == 'fast' and self.slot_dim <= FRAME:
-            raise ConfigError(f"slot_dim must be larger than {FRAME} for the 'fast' architecture, not {self.slot_dim}")
-        step = 16 if self.architecture == 'paper' and self.resolution > 64 else 1  # Table 4 doubles an 8x8 grid
-        if not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION or self.resolution % step:
-            raise ConfigError(
-                f'resolution must be from {MIN_RESOLUTION} to {MAX_RESOLUTION} pixels, and a multiple of 16 above 64 '
-                f"for the 'paper' architecture, not {self.resolution}"
-            )
+        for item in fields(self):
+            name, meta = item.name, item.metadata
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, meta['paper' if self.architecture == 'paper' else 'fast'])
+            value, low, high = getattr(self, name), meta['low'], meta['high']
+            if meta['choices'] and value not in meta['choices']:
+                raise ConfigError(f'{name} must be one of {", ".join(meta["choices"])}, not {value!r}')
+            low, high = -math.inf if low is None else low, math.inf if high is None else high
+            if not meta['choices'] and not low <= value <= high:
+                raise ConfigError(f'{name} must be at least {low} and at most {high}, not {value}')
+            if meta['fast_only'] and self.architecture == 'paper' and value != meta['paper']:
+                raise ConfigError(f"{name} {value} belongs to the 'fast' architecture; leave it out for 'paper'")
+
+    @classmethod
+    def defaults(cls, architecture: str) -> dict:
+        """The value of each field that an architecture takes if it is told nothing else."""
+        return asdict(cls(architecture))
 
 
 def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **training) -> None:
@@ -1058,7 +944,7 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
     }
     buffer = io.BytesIO()  # torch.save to a file reports a full disk as a RuntimeError, or not at all
     torch.save(checkpoint, buffer)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}')
     try:
         with open(temporary, 'wb') as file:
             file.write(buffer.getbuffer())
@@ -1072,21 +958,26 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Reads what save_checkpoint() wrote: a dict with 'config' (a ModelConfig), 'model' and 'training'.
 
-    Tensors are on the CPU; no code in the file is executed (torch.load with weights_only=True). Raises
-    CheckpointError if the file is missing, damaged, or not a checkpoint of this version.
+    Tensors are on the CPU; no code in the file is executed (torch.load with weights_only=True). A field of the
+    configuration that the file lacks, because it is older, takes its default; 'assumed' lists their names.
+    Raises CheckpointError if the file is missing or damaged, or if its model has a field that this code does not know.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'no checkpoint at {path}')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if checkpoint['format'] != CHECKPOINT_FORMAT:
-            raise ValueError(f'its format is not {CHECKPOINT_FORMAT!r}')
-        return {
-            'config': ModelConfig(**checkpoint['config']),
-            'model': dict(checkpoint['model']),
-            'training': dict(checkpoint['training']),
-        }
+        content = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read ({error.strerror})') from error
+    try:
+        checkpoint = torch.load(content, map_location='cpu', weights_only=True)
+        config, names = dict(checkpoint['config']), {item.name for item in fields(ModelConfig)}
+        if unknown := sorted(config.keys() - names):
+            raise CheckpointError(f'{path} holds a model with {", ".join(unknown)}, which this version does not have')
+        found = {'config': ModelConfig(**config), 'model': dict(checkpoint['model'])}
+        return found | {'training': dict(checkpoint['training']), 'assumed': sorted(names - config.keys())}
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:  # whose text advises to load it without weights_only
         raise damaged(path, ValueError('no checkpoint of train.py')) from error
     except Exception as error:  # torch.load raises whatever the damage leads to
@@ -1099,16 +990,45 @@ def damaged(path: str | os.PathLike, error: Exception) -> CheckpointError:
     return CheckpointError(f'{path} is damaged or of another version ({type(error).__name__}: {reason})')
 
 
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint file that `path` means: the file itself, or last.pth of the folder of a run."""
+    path = Path(path)
+    return next(filter(Path.is_file, (path, path / 'last.pth', path / 'checkpoints' / 'last.pth')), path)
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The readable checkpoint of the most training steps below a folder, None if there is none.
+
+    The steps are those in the file: a copy of a folder has new dates. Among equals last.pth is taken. A file that is
+    not readable is named on stderr.
+    """
+    found = []
+    for path in sorted(Path(folder).rglob('*.pth')):
+        try:
+            step = load_checkpoint(path)['training'].get('progress', {}).get('step', 0)  # 0: written by other code
+            found.append((step, path.name == 'last.pth', path))
+        except (CheckpointError, AttributeError) as error:
+            print(error, file=sys.stderr)
+    return max(found)[2] if found else None
+
+
+def create_model(config: ModelConfig) -> SlotAttentionAutoEncoder:
+    """A new model: the paper's, or the fast variant."""
+    return {'paper': SlotAttentionAutoEncoder, 'fast': FastAutoEncoder}[config.architecture](config)
+
+
 def load_model(path: str | os.PathLike) -> SlotAttentionAutoEncoder:
     """The model of a checkpoint, on the CPU, in evaluation mode. Raises CheckpointError."""
     return build_model(load_checkpoint(path), path)
 
 
 def build_model(checkpoint: dict, path: str | os.PathLike) -> SlotAttentionAutoEncoder:
-    """As load_model(), for a loaded checkpoint; `path` is named in the error message."""
+    """As load_model(), for a loaded checkpoint. Prints a line for each field that it lacks; `path` is named."""
     try:
-        model = SlotAttentionAutoEncoder(checkpoint['config'])
+        model = create_model(checkpoint['config'])
         model.load_state_dict(checkpoint['model'])
     except Exception as error:
         raise damaged(path, error) from error
+    for name in checkpoint['assumed']:
+        print(f'{path} has no {name}: {getattr(model.config, name)} is assumed')
     return model.eval()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from slot_attention import ModelConfig, SlotAttentionAutoEncoder
+from slot_attention import ModelConfig, create_model
 
 STORED = np.load(Path(__file__).parent / 'reference.npz')
 CASES = {35: dict(num_slots=4, hidden_dim=32), 128: dict(num_slots=7, hidden_dim=64)}
@@ -21,7 +21,7 @@ NO_GRADIENT = 'slot_attention.norm_slots.bias'  # adds the same to the logits of
 def draw(resolution: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Parameters by name, images [2, 3, H, W] and the noise of the initial slots [2, K, 64], float32."""
     case, block = CASES[resolution], BLOCK[resolution]
-    model = SlotAttentionAutoEncoder(ModelConfig('paper', resolution, **case))
+    model = create_model(ModelConfig('paper', resolution, **case))
     names, scales = (STORED[f'{resolution}/{key}'] for key in ('names', 'scales'))
     assert sorted(model.state_dict()) == list(names)
     weights = {}
@@ -46,7 +46,7 @@ def test_the_paper_architecture_equals_the_authors_code(monkeypatch, resolution,
     norms = [np.linalg.norm(value.astype(float)) for value in (*weights.values(), images, noise)]
     np.testing.assert_allclose(norms, stored('drawn'), rtol=1e-6, err_msg='this numpy draws other numbers')
 
-    model = SlotAttentionAutoEncoder(ModelConfig('paper', resolution, **CASES[resolution]))
+    model = create_model(ModelConfig('paper', resolution, **CASES[resolution]))
     model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
     model.to(dtype)
     images, noise = torch.from_numpy(images).to(dtype), torch.from_numpy(noise).to(dtype)

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import slot_attention
 from slot_attention import (
-    FRAME,
-    AcceleratedBroadcastDecoder,
+    ALL_PIXELS,
     CheckpointError,
     ConfigError,
     FramedSlotAttention,
@@ -21,22 +19,20 @@ from slot_attention import (
     ImplicitDecoder,
     ModelConfig,
     SlotAttention,
-    SlotAttentionAutoEncoder,
-    Trace,
+    SpatialBroadcastDecoder,
     adjusted_rand_index,
-    around_maximum,
     coord_grid,
-    decode_partial,
+    create_model,
     fg_ari,
+    find_checkpoint,
     is_needed,
+    keep_loss,
     load_checkpoint,
     load_model,
-    reallocation_loss,
-    reconstruction_error,
+    newest_checkpoint,
     refine,
     save_checkpoint,
     segmentation_scores,
-    try_without,
 )
 
 ARCHITECTURES = ('fast', 'paper')
@@ -44,7 +40,13 @@ GRADIENTS = (('fast', 'full'), ('fast', 'first_order'), ('paper', 'full'))
 
 
 def small_model(**changes):
-    return SlotAttentionAutoEncoder(ModelConfig(**{'resolution': 16, 'hidden_dim': 8, 'slot_dim': 16} | changes))
+    return create_model(ModelConfig(**{'resolution': 16, 'hidden_dim': 8, 'slot_dim': 16, 'num_slots': 5} | changes))
+
+
+def framed(**changes):
+    """The attention of the fast variant for 9 inputs of size 12, 4 slots of size 8, without drops."""
+    config = ModelConfig(**{'num_slots': 4, 'slot_dim': 8, 'num_iterations': 3, 'drops': 0} | changes)
+    return FramedSlotAttention(config, input_dim=12, grid_size=3).double()
 
 
 def module(**changes):
@@ -107,31 +109,15 @@ def test_attention_of_every_iteration_sums_to_one_over_the_slots():
     assert not torch.allclose(attn[:, 0], attn[:, 4])
 
 
-def test_damping_leaves_alone_what_wins_little_and_hardly_touches_what_wins_much():
-    sa = FramedSlotAttention(12, 3, 4, 8, damping=0.5).double()
-    torch.nn.init.zeros_(sa.project_k.weight)
-    sa.locality_bias.data.fill_(-math.inf)  # equal logits: every slot wins 9 / 4 inputs
-    inputs, start = torch.randn(1, 9, 12).double(), torch.randn(1, 4, 8).double()
-    mean = sa.project_v(sa.norm_inputs(inputs)).mean(1)
-    received = []
-    sa.gru.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    _, attn = sa(inputs, start, num_iterations=1)
-    assert torch.allclose(attn, torch.full_like(attn, 1 / 4))
-    assert torch.allclose(received[0], mean.expand(4, 8) * 2.25 / (2.25 + 0.5 * 9))
-    sa.damping = 0.0
-    sa(inputs, start, num_iterations=1)
-    assert torch.allclose(received[1], mean.expand(4, 8))
-
-
 def test_gradient_modes_agree_in_the_forward_pass_and_in_the_last_iteration():
-    full, first = (FramedSlotAttention(12, 3, 4, 8, gradient=g).double() for g in ('full', 'first_order'))
+    full, first = (framed(gradient=gradient) for gradient in ('full', 'first_order'))
     first.load_state_dict(full.state_dict())
     inputs, start = torch.randn(2, 9, 12).double(), torch.randn(2, 4, 8).double()
     assert torch.allclose(full(inputs, start)[0], first(inputs, start)[0])
 
     first(inputs, start)[0].square().sum().backward()
-    full(inputs, start, num_iterations=2, trace=(trace := Trace()))
-    full(inputs, trace.last[0], num_iterations=1)[0].square().sum().backward()
+    state, _ = full.iterate(inputs, start, num_iterations=2)
+    full(inputs, state.slots.detach(), num_iterations=1)[0].square().sum().backward()
     for (name, a), b in zip(full.named_parameters(), first.parameters(), strict=True):
         assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad), name
 
@@ -142,7 +128,8 @@ def test_gradient_reaches_every_parameter(architecture, gradient):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     (model(images).recons - images).square().mean().backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
+        if 'keep_head' not in name:  # which learns from keep_loss() alone
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize(('architecture', 'gradient'), GRADIENTS)
@@ -157,7 +144,7 @@ def test_flop_of_a_step_can_be_counted(architecture, gradient):
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 def test_training_and_evaluation_mode_compute_the_same(architecture):
     model = small_model(architecture=architecture)
-    images, slots = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 16)
+    images, slots = torch.rand(2, 3, 16, 16), torch.randn(2, 5, 16)
     for a, b in zip(model.train()(images, slots=slots), model.eval()(images, slots=slots), strict=True):
         assert torch.equal(a, b)
 
@@ -188,8 +175,8 @@ def test_initialisation_is_that_of_the_reference_code():
     model = small_model()
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.LayerNorm):
-            assert layer.eps == 1e-3, name
-        elif isinstance(getattr(layer, 'bias', None), torch.Tensor):
+            assert layer.eps == 1e-3 or 'keep_head' in name, name
+        elif isinstance(getattr(layer, 'bias', None), torch.Tensor) and 'keep_head' not in name:
             assert layer.bias.abs().sum() == 0, name
 
 
@@ -197,7 +184,7 @@ def test_initialisation_is_that_of_the_reference_code():
 
 
 def test_outputs_are_named_shaped_and_normalised_as_documented():
-    model = small_model(num_slots=5)
+    model = small_model(num_iterations=2, drops=1)
     output = model(torch.rand(3, 3, 16, 16))
     recons, masks, slots, attn = output
     assert recons is output.recons and recons.shape == (3, 3, 16, 16)
@@ -208,15 +195,18 @@ def test_outputs_are_named_shaped_and_normalised_as_documented():
     assert torch.allclose((rgbs * masks).sum(1), recons)
 
 
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
 @pytest.mark.parametrize('num_slots', [1, 2, 11])
-def test_fewer_and_more_slots_and_iterations_at_test_time(num_slots):
-    output = small_model()(torch.rand(2, 3, 16, 16), num_slots=num_slots, num_iterations=5)
-    assert output.masks.shape[1] == output.slots.shape[1] == num_slots
-    assert output.attn.shape[1:3] == (5, num_slots)
+def test_fewer_and_more_slots_and_iterations_at_test_time(architecture, num_slots):
+    model = small_model(architecture=architecture)
+    for T in (1, 5):
+        output = model(torch.rand(2, 3, 16, 16), num_slots=num_slots, num_iterations=T)
+        assert output.masks.shape[1] == output.slots.shape[1] == output.attn.shape[2] == num_slots
+        assert output.attn.shape[1] >= T and output.recons.isfinite().all()
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    model, images, slots = small_model(), torch.rand(4, 3, 16, 16), torch.randn(4, 7, 16)
+    model, images, slots = small_model(), torch.rand(4, 3, 16, 16), torch.randn(4, 5, 16)
     whole, alone = model(images, slots=slots), model(images[2:3], slots=slots[2:3])
     assert torch.allclose(whole.recons[2:3], alone.recons, atol=1e-5)
 
@@ -224,6 +214,33 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r'must be \[B, 3, 16, 16\], not \[1, 3, 32, 32\]'):
         small_model()(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match='at least 1 slot'):
+        small_model()(torch.rand(1, 3, 16, 16), num_slots=0)
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_any_number_format_and_an_empty_batch(architecture):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        output = small_model(architecture=architecture).to(dtype)(torch.rand(2, 3, 16, 16, dtype=dtype))
+        assert output.recons.dtype == dtype and output.recons.isfinite().all(), dtype
+    assert small_model(architecture=architecture)(torch.rand(0, 3, 16, 16)).recons.shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_an_exported_model_takes_any_batch(architecture):
+    class Exported(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model(architecture=architecture)
+
+        def forward(self, images, slots):
+            return self.model(images, slots=slots).recons
+
+    model, size = Exported(), torch.export.Dim('batch')
+    example = torch.rand(2, 3, 16, 16), torch.randn(2, 5, 16)
+    program = torch.export.export(model, example, dynamic_shapes={'images': {0: size}, 'slots': {0: size}})
+    batch = torch.rand(4, 3, 16, 16), torch.randn(4, 5, 16)
+    assert torch.allclose(program.module()(*batch), model(*batch), atol=1e-5)
 
 
 def conv(kernel, inputs, outputs):
@@ -246,7 +263,7 @@ PAPER = [(128, 64, *CLEVR, 8), (64, 32, *SPRITES, 64), (35, 32, *SPRITES, 35)]
 
 @pytest.mark.parametrize(('resolution', 'hidden', 'encoder', 'decoder', 'broadcast'), PAPER)
 def test_paper_architecture_has_the_parameters_of_its_tables(resolution, hidden, encoder, decoder, broadcast):
-    model = SlotAttentionAutoEncoder(ModelConfig('paper', resolution, hidden_dim=hidden))
+    model = create_model(ModelConfig('paper', resolution, hidden_dim=hidden))
 
     def counts(layers):
         return [sum(p.numel() for p in layer.parameters()) for layer in layers if list(layer.parameters())]
@@ -272,7 +289,7 @@ FAST_GRIDS = {16: 8, 17: 9, 30: 15, 35: 18, 63: 32, 64: 16, 101: 26, 128: 32, 25
     [('fast', *sizes) for sizes in FAST_GRIDS.items()] + [('paper', r, r) for r in (16, 35, 64, 80, 128)],
 )
 def test_resolutions_that_can_be_produced(architecture, resolution, grid_size):
-    model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution, num_slots=2, hidden_dim=4))
+    model = create_model(ModelConfig(architecture, resolution, num_slots=2, hidden_dim=4))
     output = model(torch.rand(1, 3, resolution, resolution))
     assert output.recons.shape == (1, 3, resolution, resolution)
     assert output.attn.shape[-2:] == (grid_size, grid_size)
@@ -281,54 +298,49 @@ def test_resolutions_that_can_be_produced(architecture, resolution, grid_size):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(architecture='paper', resolution=100), 'multiple of 16 above 64 .* not 100'),
-        (dict(resolution=8), 'resolution must be from 16 to 256 pixels'),
-        (dict(resolution=300), 'resolution must be from 16 to 256 pixels'),
+        (dict(resolution=8), 'resolution must be at least 16 and at most 256, not 8'),
         (dict(num_slots=0), 'num_slots must be at least 1'),
         (dict(num_iterations=0), 'num_iterations must be at least 1'),
+        (dict(slot_dim=3), 'slot_dim must be at least 4'),
+        (dict(drops=-1), 'drops must be at least 0'),
         (dict(architecture='slow'), 'architecture must be one of fast, paper'),
         (dict(gradient='none'), 'gradient must be one of full, first_order'),
-        (dict(slot_dim=3), 'slot_dim must be larger'),
-        (dict(damping=-1.0), 'damping must be at least 0'),
-        (dict(architecture='paper', damping=0.1), "damping belongs to the 'fast' architecture"),
-        (dict(architecture='paper', moves=1), "moves belongs to the 'fast' architecture"),
-        (dict(moves=4, drops=4, gradient='first_order', num_iterations=8), 'num_iterations of at least 12'),
-        (dict(moves=1, num_iterations=8), "need gradient 'first_order'"),
-        (dict(architecture='paper', gradient='first_order'), "gradient 'first_order' belongs to the 'fast'"),
+        (dict(architecture='paper', drops=1), "drops 1 belongs to the 'fast' architecture"),
+        (dict(architecture='paper', gradient='first_order'), "gradient first_order belongs to the 'fast'"),
+        (dict(architecture='paper', resolution=100), 'multiple of 16 above 64: 100'),
     ],
 )
 def test_configurations_that_make_no_model_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        ModelConfig(**changes)
+        create_model(ModelConfig(**changes))
 
 
-@pytest.mark.parametrize('scale', [0.3, 0.9])
-@pytest.mark.parametrize(('bfloat16', 'tolerance'), [(False, 1e-5), (True, 5e-3)])
-def test_the_implicit_decoder_is_a_network_per_pixel(bfloat16, tolerance, scale):
-    """Wide slots have half-planes in their colours, small ones colours that are quadratic in x and y."""
-    decoder = ImplicitDecoder(resolution=10, slot_dim=6, hidden_dim=8)
-    slots = torch.randn(2, 6)
-    slots[:, 2] = scale
-    with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
-        image, units = decoder(slots).float(), decoder.UNITS
-    x, y = slots[1, :2]
-    code = torch.cat([x[None], y[None], slots[1, 2:3].log(), slots[1, 3:]])
-    inner, outer, colour = decoder.hyper(code).split([3 * units, 4 * (units + 1), 12])
-    row, column = 7, 2
-    position = torch.stack([(column + 0.5) / 5 - 1 - x, (row + 0.5) / 5 - 1 - y]) / scale
-    u, v = position = 4 * torch.tanh(position / 4)
-    hidden = torch.relu(inner.view(units, 3) @ torch.cat([position, torch.ones(1)]))
-    outer = outer.view(4, units + 1)
-    planes = outer[:, :-1] @ hidden / units**0.5
-    quadratic = colour.view(3, 4) @ torch.stack([u / 4, (u / 4) ** 2, v / 4, (v / 4) ** 2])
-    wide = torch.sigmoid(torch.tensor((scale - 0.4) / 0.04))
-    assert image.shape == (2, 4, 10, 10)
-    assert torch.allclose(image[1, :3, row, column], outer[:3, -1] + wide * planes[:3] + quadratic, atol=tolerance)
-    assert torch.allclose(image[1, 3, row, column], outer[3, -1] + planes[3], atol=tolerance)
+def test_a_field_that_is_not_given_takes_the_default_of_its_architecture():
+    assert ModelConfig('paper').num_iterations == 3 and ModelConfig('paper').drops == 0
+    assert ModelConfig(num_slots=5).num_slots == 5
+    for architecture in ARCHITECTURES:
+        assert ModelConfig(**ModelConfig.defaults(architecture)) == ModelConfig(architecture)
+
+
+def test_the_implicit_decoder_draws_edges_with_masks_and_with_the_colours_of_backgrounds():
+    """Colours of a small slot are quadratic along each axis of its frame; those of a wide one have kinks."""
+    decoder = ImplicitDecoder(resolution=64, slot_dim=8, hidden_dim=8)
+    slots = torch.randn(20, 8)
+    for scale, smooth in ((0.2, True), (0.9, False)):
+        slots[:, 2] = scale
+        # In the frame the columns are not equidistant: place them so that they are.
+        u = torch.linspace(-0.9, 0.9, 31)
+        decoder.grid = torch.cat([scale * 4 * torch.atanh(u), torch.zeros(1)])
+        slots[:, :2] = 0
+        with torch.no_grad():
+            rgbs, logits = decoder(slots, (torch.tensor([31]), torch.arange(31))).split([3, 1], dim=1)
+        third = rgbs.diff(n=3, dim=3).abs().amax(3)  # 0 for a quadratic
+        assert (third < 1e-4).all() == smooth
+        assert (logits.diff(n=3, dim=3).abs().amax(3) > 1e-3).any()
 
 
 def test_a_frame_is_the_place_and_the_size_of_what_a_slot_attends_to():
-    attention = FramedSlotAttention(8, 16, num_slots=2, slot_dim=8)
+    attention = FramedSlotAttention(ModelConfig(slot_dim=8), input_dim=8, grid_size=16)
     attn = torch.zeros(1, 2, 16, 16)
     attn[0, 0, 2:4, 8:16] = 1  # two rows, the right half
     attn[0, 1] = 1
@@ -344,14 +356,14 @@ def test_a_frame_is_the_place_and_the_size_of_what_a_slot_attends_to():
 
 
 def test_slots_carry_the_frame_of_the_last_attention():
-    model = SlotAttentionAutoEncoder(ModelConfig(resolution=32))
+    model = create_model(ModelConfig(resolution=32, drops=0))
     _, _, slots, attn = model(torch.rand(2, 3, 32, 32))
     frame = torch.cat(model.slot_attention.frame(attn[:, -1].flatten(2)), dim=2)
     assert torch.allclose(slots[..., :3], frame, atol=1e-6)
 
 
 def test_an_object_moves_with_the_frame_of_its_slot():
-    decoder = SlotAttentionAutoEncoder(ModelConfig(resolution=32)).decoder
+    decoder = create_model(ModelConfig(resolution=32)).decoder
     decoder.hyper[0].weight.data[:, :2] = 0  # what the slot draws shall not depend on where
     slot = torch.randn(1, 64)
     slot[0, :3] = torch.tensor([-0.25, 0.0, 0.2])
@@ -361,7 +373,7 @@ def test_an_object_moves_with_the_frame_of_its_slot():
 
 
 def test_slots_of_any_origin_can_be_decoded():
-    model = SlotAttentionAutoEncoder(ModelConfig(resolution=32))
+    model = create_model(ModelConfig(resolution=32))
     rgbs, masks = model.decode(torch.randn(4, 5, 64))  # sizes below zero among them
     assert rgbs.isfinite().all() and torch.allclose(masks.sum(1), torch.ones(4, 1, 32, 32))
 
@@ -422,7 +434,7 @@ def test_scores_of_a_perfect_a_blind_and_an_empty_scene():
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[0, :2], labels[0, 4:6, :4] = 1, 2
     perfect = segmentation_scores(labels, one_hot_masks((labels + 1) % 3, 3))
-    assert {name: value.item() for name, value in perfect.items()} == {'fg_ari': 1, 'ari': 1, 'mbo': 1, 'miou': 1}
+    assert all(value.item() == 1 for value in perfect.values())
     blind = one_hot_masks(torch.zeros_like(labels), 3)  # one slot takes everything
     assert fg_ari(labels, blind).item() == 0
     assert segmentation_scores(labels, blind)['mbo'].item() == pytest.approx((16 / 64 + 8 / 64) / 2)
@@ -515,6 +527,34 @@ class RunsCode:
         return os.mkdir, ('executed',)
 
 
+def test_a_checkpoint_outlives_the_code(tmp_path, capsys):
+    """A field that it lacks takes its default and is named; one that the code does not know is refused by name."""
+    path = tmp_path / 'a.pth'
+    save_checkpoint(path, small_model(), step=1)
+    checkpoint = torch.load(path)
+    del checkpoint['config']['gradient']
+    torch.save(checkpoint, path)
+    assert load_model(path).config.gradient == 'first_order'
+    assert capsys.readouterr().out == f'{path} has no gradient: first_order is assumed\n'
+    checkpoint['config']['no_such_field'] = 2.0
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match='holds a model with no_such_field, which this version does not have'):
+        load_model(path)
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path, capsys):
+    assert newest_checkpoint(tmp_path) is None
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir()
+    for name, step in (('last.pth', 7), ('best_model.pth', 7), ('checkpoint_epoch_1.pth', 5)):
+        save_checkpoint(folder / name, small_model(), progress={'step': step})
+        os.utime(folder / name, (0, 10 - step))  # as after a copy, dates say nothing
+    (folder / 'broken.pth').write_bytes(b'x')
+    assert newest_checkpoint(tmp_path) == folder / 'last.pth'
+    assert 'broken.pth is damaged' in capsys.readouterr().err
+    assert find_checkpoint(tmp_path) == find_checkpoint(folder) == find_checkpoint(folder / 'last.pth')
+
+
 @pytest.mark.parametrize('damage', ['missing', 'empty', 'truncated', 'text', 'foreign', 'code', 'config', 'weights'])
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage):
     path = tmp_path / 'a.pth'
@@ -546,35 +586,26 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage):
 # Parts of an image, and search
 
 
-@pytest.mark.parametrize('resolution', (16, 35, 80))
-def test_the_accelerated_decoder_is_the_plain_one(resolution):
-    plain = small_model(architecture='paper', resolution=resolution).double().decoder
-    for layer in plain.conv[::2]:
-        torch.nn.init.normal_(layer.bias)
-    accelerated = AcceleratedBroadcastDecoder(plain)
-    assert accelerated.state_dict().keys() == plain.state_dict().keys()
-    slots = torch.randn(3, 16, dtype=torch.double, requires_grad=True)
-    results = []
-    for decoder in (plain, accelerated):
-        output = decoder(slots)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (slots, *plain.parameters()))))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
-def test_some_rows_and_columns_decode_as_in_the_whole(architecture):
-    model = SlotAttentionAutoEncoder(ModelConfig(architecture, resolution=32, hidden_dim=8, slot_dim=8))
-    slots = torch.randn(2, 3, 8)
+def test_some_rows_and_columns_decode_as_in_the_whole():
+    model, slots = small_model(resolution=32), torch.randn(2, 3, 16)
     rows, columns = slice(1, None, 2), slice(2, 20, 3)
     with torch.no_grad():
-        whole, part = model.decode(slots), decode_partial(model, slots, (rows, columns))
+        whole, part = model.decode(slots), model.decode(slots, (rows, columns))
     for a, b in zip(whole, part, strict=True):
         assert torch.allclose(a[..., rows, columns], b, atol=1e-5)
 
 
-def test_an_absent_slot_is_decoded_as_if_it_were_not_there():
+class BroadcastDecoder(SpatialBroadcastDecoder):
+    """The paper's decoder in the fast variant: it knows nothing of absent slots."""
+
+    def forward(self, slots, pixels=ALL_PIXELS):
+        return super().forward(slots)[:, :, pixels[0]][..., pixels[1]]
+
+
+@pytest.mark.parametrize('decoder', [ImplicitDecoder, BroadcastDecoder])
+def test_an_absent_slot_is_decoded_as_if_it_were_not_there(decoder):
     model, slots = small_model(), torch.randn(2, 4, 16)
+    model.decoder = decoder(16, 16, 8)
     slots[..., 2] = torch.tensor([0.3, 0.0, 0.2, 0.1])
     with torch.no_grad():
         rgbs, masks = model.decode(slots)
@@ -586,144 +617,71 @@ def test_an_absent_slot_is_decoded_as_if_it_were_not_there():
 
 def test_an_absent_slot_wins_no_attention_and_changes_no_other():
     attention, inputs, slots = small_model().slot_attention, torch.randn(2, 64, 8), torch.randn(2, 4, 16)
-    slot_mask = torch.tensor([[True, False, True, True]] * 2)
+    present = torch.tensor([[True, False, True, True]] * 2)
     with torch.no_grad():
         k, v = attention.project_k(inputs), attention.project_v(inputs)
-        updated, attn = attention.step(slots, k, v, slot_mask)
-        others, others_attn = attention.step(slots[:, [0, 2, 3]], k, v, slot_mask[:, [0, 2, 3]])
-        glimpsed = attention.add_glimpse(inputs, updated, attn, slot_mask)
+        updated, attn = attention.step(slots, k, v, present)
+        others, others_attn = attention.step(slots[:, [0, 2, 3]], k, v, present[:, [0, 2, 3]])
     assert (attn[:, 1] == 0).all()
     assert torch.allclose(attn[:, [0, 2, 3]], others_attn, atol=1e-5)
     assert torch.allclose(updated[:, [0, 2, 3]], others, atol=1e-5)
-    assert torch.equal(glimpsed[..., 2] > 0, slot_mask)
 
 
-# Reallocation
+# Drops
 
 
-def reallocating_model(**changes):
-    """3 moves, 2 drops and 9 iterations, of 5 slots."""
-    return small_model(**dict(gradient='first_order', num_iterations=9, num_slots=5, moves=3, drops=2) | changes)
+def judge(model, logit):
+    """KeepHead gives this logit to every slot."""
+    for p in model.slot_attention.keep_head.parameters():
+        torch.nn.init.zeros_(p)
+    model.slot_attention.keep_head.mlp[-1].bias.data.fill_(logit)
 
 
-def decide(monkeypatch, attention, logits):
-    """KeepHead gives these logits [K], and +inf to absent slots; ErrorHead predicts the error at position 21."""
-    monkeypatch.setattr(attention.keep_head, 'forward', lambda slots, attn, slot_mask: (
-        logits.expand(len(slots), -1).masked_fill(~slot_mask, math.inf)))  # fmt: skip
-    error = torch.zeros(64)
-    error[21] = 5.0  # third row, sixth column of 8 x 8: x 0.375, y -0.375
-    monkeypatch.setattr(attention.error_head, 'forward', lambda inputs, *_: error.expand(len(inputs), -1))
-
-
-def test_redundant_slots_are_dropped_one_at_a_time_the_least_needed_first(monkeypatch):
-    model, images, start = reallocating_model(moves=0), torch.rand(2, 3, 16, 16), torch.randn(2, 5, 16)
-    decide(monkeypatch, model.slot_attention, torch.tensor([-1.0, 2.0, -3.0, 0.5, -2.0]))
-    with torch.no_grad():
-        _, masks, slots, attn = model(images, slots=start)
-        _, early_masks, *_ = model(images, slots=start, num_iterations=6)
-    assert (masks.amax((2, 3, 4)) > 0).equal(torch.tensor([[True, True, False, True, False]] * 2))
-    assert (slots[..., 2] > 0).equal(masks.amax((2, 3, 4)) > 0)
-    absent = (attn.amax((3, 4)) == 0)[0]  # [T, K]
-    assert absent[:7].sum() == 0 and absent[7].tolist() == [False, False, True, False, False]
-    assert absent[8].tolist() == [False, False, True, False, True]
-    assert torch.equal(early_masks.amax((2, 3, 4)) > 0, masks.amax((2, 3, 4)) > 0)
-
-
-def test_with_more_slots_than_in_training_as_many_more_are_dropped(monkeypatch):
-    model, images = reallocating_model(num_iterations=12), torch.rand(2, 3, 16, 16)
-    for K, left in ((4, 2), (5, 3), (8, 3), (11, 3), (14, 6)):  # 2 + (K - 5) drops, at most 8 of 12 iterations
-        decide(monkeypatch, model.slot_attention, torch.full((K,), -1.0))
-        slots = model(images, num_slots=K).slots
-        assert (slots[..., 2] > 0).sum(1).tolist() == [left, left], K
-
-
-def test_reallocation_leaves_the_first_and_the_last_iterations_alone(monkeypatch):
-    """With few iterations there are fewer moves, then fewer drops: a slot that has just moved has no attention yet."""
-    model, images = reallocating_model(moves=3, drops=2), torch.rand(2, 3, 16, 16)
-    attention, reallocate = model.slot_attention, model.slot_attention.reallocate
-    decide(monkeypatch, attention, torch.full((5,), -1.0))
-
-    def watched(slots, attn, slot_mask, *args):
-        new, new_mask = reallocate(slots, attn, slot_mask, *args)
-        if not torch.equal(new, slots):
-            moved.append(args[3])
-        if not torch.equal(new_mask, slot_mask):
-            dropped.append(args[3])
-        return new, new_mask
-
-    monkeypatch.setattr(attention, 'reallocate', watched)
-    moves_and_drops = {3: ([], []), 4: ([], []), 5: ([], [3]), 6: ([], [3, 4]), 8: ([3, 4], [5, 6])}
-    for T, expected in moves_and_drops.items():
-        moved, dropped = [], []
-        model(images, num_iterations=T)
-        assert (moved, dropped) == expected, T
-
-
-def test_needed_slots_and_the_last_one_stay(monkeypatch):
-    model, images = reallocating_model(moves=0), torch.rand(2, 3, 16, 16)
-    decide(monkeypatch, model.slot_attention, torch.full((5,), 0.1))
+@pytest.mark.parametrize('T', [1, 4])
+def test_redundant_slots_are_dropped_one_at_a_time_after_the_iterations(T):
+    model, images = small_model(drops=2, num_iterations=T), torch.rand(2, 3, 16, 16)
+    judge(model, -1)
+    _, masks, slots, attn = model(images)
+    absent = (attn.amax((3, 4)) == 0).sum(dim=2)  # [B, T + drops]
+    assert absent.tolist() == [[0] * T + [1, 2]] * 2
+    assert torch.equal(slots[..., 2] > 0, masks.amax((2, 3, 4)) > 0)
+    assert (slots[..., 2] > 0).sum(1).tolist() == [3, 3]
+    judge(model, 0.1)
     assert (model(images).slots[..., 2] > 0).all()
-    decide(monkeypatch, model.slot_attention, torch.full((1,), -1.0))
-    assert (model(images, num_slots=1).slots[..., 2] > 0).all()
 
 
-def test_a_redundant_slot_is_moved_to_the_largest_predicted_error(monkeypatch):
-    model, images, start = reallocating_model(drops=0), torch.rand(1, 3, 16, 16), torch.randn(1, 5, 16)
-    attention, moved = model.slot_attention, []
-    decide(monkeypatch, attention, torch.tensor([2.0, 2.0, -1.0, 2.0, 2.0]))
-    step = attention.step
-
-    def watched(slots, k, v, slot_mask):
-        moved.append(slots[0, 2, :2].tolist())
-        return step(slots, k, v, slot_mask)
-
-    monkeypatch.setattr(attention, 'step', watched)
-    with torch.no_grad():
-        slots = model(images, slots=start).slots
-        assert (slots[..., 2] > 0).all()
-        there = [t for t, position in enumerate(moved) if position == pytest.approx([0.375, -0.375], abs=0.02)]
-        assert there[:3] == [4, 5, 6]  # after iterations 3, 4 and 5, counted from 0
-        moved.clear()
-        attention(model.encoder(images), start, moves=0)
-        assert not [position for position in moved if position == pytest.approx([0.375, -0.375], abs=0.02)]
+def test_the_last_slot_stays_and_with_more_slots_than_in_training_as_many_more_are_dropped():
+    model, images = small_model(drops=2), torch.rand(2, 3, 16, 16)
+    judge(model, -1)
+    for K, left in ((1, 1), (2, 1), (4, 2), (5, 3), (8, 3)):
+        assert (model(images, num_slots=K).slots[..., 2] > 0).sum(1).tolist() == [left, left], K
+    model = small_model(drops=0)
+    judge(model, -1)
+    assert (model(images, num_slots=8).slots[..., 2] > 0).all()
 
 
-def test_only_the_heads_learn_from_the_reallocation_loss_and_all_of_them():
-    model, images, trace = reallocating_model(), torch.rand(4, 3, 16, 16), Trace()
-    model.slot_attention(model.encoder(images), torch.randn(4, 5, 16), trace=trace)
-    assert len(trace.states) == 5  # after iterations 3 to 7 of 9, counted from 0
-    loss = reallocation_loss(model, images, torch.rand(4, 8, 8), trace, np.random.default_rng(0))
-    loss.backward()
+def keep_head_loss(model, images, seed=0):
+    pixels = torch.arange(0, 16, 2), torch.arange(1, 16, 2)
+    state, _ = model.slot_attention.iterate(model.encoder(images), drops=1)
+    rgbs, masks = model.decode(model.slot_attention.look(state), pixels)
+    errors = ((rgbs * masks).sum(1) - images[:, :, pixels[0]][..., pixels[1]]).square().mean(1)
+    return keep_loss(model, images, state, masks, errors, pixels, np.random.default_rng(seed))
+
+
+def test_only_the_head_learns_from_its_loss_and_all_of_it():
+    model = small_model()
+    sum(keep_head_loss(model, torch.rand(4, 3, 16, 16) * 2 - 1, seed) for seed in range(4)).backward()
     for name, p in model.named_parameters():
-        is_head = '_head.' in name
-        assert (p.grad is not None and p.grad.abs().sum() > 0) == is_head, name
+        assert (p.grad is not None and p.grad.abs().sum() > 0) == ('keep_head' in name), name
 
 
-def test_a_slot_is_needed_if_the_error_rises_without_it(monkeypatch):
-    """Each slot draws one colour everywhere: without the slot of a colour its place has the wrong colour."""
-    model, trace = reallocating_model(num_slots=3, moves=0, num_iterations=9), Trace()
-    images = torch.full((2, 3, 16, 16), -1.0)
-    images[..., 8:] = 1.0
-    model.slot_attention(model.encoder(images), torch.randn(2, 3, 16), trace=trace)
-    rng, seen = np.random.default_rng(0), {}
-
-    def decode(model, slots, pixels):  # slot 0 has the left half, slot 1 the right half, slot 2 nothing
-        rows, columns = pixels
-        present = slots[..., 2] > 0
-        logits = torch.full((len(slots), 3, 1, 16, 16), -20.0)
-        logits[:, 0, :, :, :8], logits[:, 1, :, :, 8:] = 20.0, 20.0
-        logits = logits.masked_fill(~present[:, :, None, None, None], -1e9)[..., rows, columns]
-        rgbs = torch.tensor([-1.0, 1.0, 0.0]).view(1, 3, 1, 1, 1).expand(len(slots), 3, 3, *logits.shape[3:])
-        return rgbs, logits.softmax(dim=1)
-
-    monkeypatch.setattr(slot_attention, 'decode_partial', decode)
-    for _ in range(40):
-        *_, slot_mask, chosen, needed = try_without(model, images, trace, rng)
-        for mask, slot, need in zip(slot_mask, chosen.tolist(), needed.tolist(), strict=True):
-            assert mask[slot]
-            if mask.all():
-                seen.setdefault(slot, set()).add(need)
-    assert seen == {0: {True}, 1: {True}, 2: {False}}
+def test_the_head_learns_that_slots_without_pixels_are_not_needed():
+    """Every slot draws the same grey image: any one of them can go."""
+    model, images = small_model(), torch.zeros(4, 3, 16, 16) + 0.1 * torch.randn(4, 3, 16, 16)
+    torch.nn.init.zeros_(model.decoder.hyper[-1].weight)
+    before = keep_head_loss(model, images).item()
+    judge(model, -2)
+    assert keep_head_loss(model, images).item() < 0.2 < 1 < before
 
 
 def test_an_object_is_needed_and_a_part_of_one_with_the_same_rise_is_not():
@@ -752,14 +710,6 @@ def test_whether_a_slot_is_needed_depends_on_no_unit_of_the_image():
     assert not is_needed(images, before, after, 0 * mask).any()  # a slot without pixels
 
 
-def test_a_window_around_the_largest_error_is_one_there_and_nothing_far_away():
-    values = torch.zeros(2, 8, 8)
-    values[0, 1:3, 5:7], values[0, 6, 1] = 1.0, 1.2  # a spot, and a higher but smaller one
-    window = around_maximum(values.flatten(1), coord_grid(8)).view(2, 8, 8)
-    assert window[0].max() == window[0, 1:3, 5:7].max() == pytest.approx(1) and window[0, 4:].max() < 0.01
-    assert window[1].max() == 0  # no error anywhere
-
-
 # Search
 
 
@@ -769,11 +719,16 @@ def test_refining_lowers_the_error_and_touches_nothing_else(architecture):
     images, slots = torch.rand(5, 3, 16, 16) * 2 - 1, torch.randn(5, 7, 16)
     slots[:, :, 2] = 0.3
     slots[:, 2, 2] = 0.0
+
+    def error(slots):
+        rgbs, masks = model.decode(slots)
+        return ((rgbs * masks).sum(1) - images).square().mean((1, 2, 3))
+
     with torch.no_grad():
         refined = refine(model, images, slots, num_steps=8)
-        before, after = (reconstruction_error(model, images, x) for x in (slots, refined))
+        before, after = error(slots), error(refined)
         torch.testing.assert_close(refine(model, images[1:2], slots[1:2], 8), refined[1:2], rtol=1e-3, atol=1e-4)
-    assert (after <= before).all() and after.mean() < 0.98 * before.mean()
+    assert (after <= before).all() and after.mean() < 0.99 * before.mean()
     if architecture == 'fast':
         assert torch.equal(refined[:, 2], slots[:, 2])  # an absent slot has no gradient
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -787,11 +742,13 @@ def test_refining_that_does_not_help_is_undone():
 
 
 def test_a_framed_slot_attends_to_what_is_near():
-    attention = SlotAttentionAutoEncoder(ModelConfig(resolution=16, slot_dim=8, hidden_dim=8)).slot_attention
-    slots = torch.zeros(1, 1, 8)
-    slots[..., :FRAME] = torch.tensor([0.5, -0.5, 0.3])  # right, above
+    attention = small_model(slot_dim=8).slot_attention
+    torch.nn.init.zeros_(attention.project_q.weight)
+    slots = torch.zeros(1, 2, 8)
+    slots[0, 0, :3] = torch.tensor([0.5, -0.5, 0.3])  # right, above
+    slots[0, 1, :3] = torch.tensor([-0.5, 0.5, 0.3])
     with torch.no_grad():
-        logits = attention.logits(slots, torch.zeros(1, 64, 8), torch.ones(1, 1, dtype=torch.bool)).view(8, 8)
-    y, x = divmod(int(logits.argmax()), 8)
-    assert abs(attention.grid[x] - 0.5) < 0.13 and abs(attention.grid[y] + 0.5) < 0.13
-    assert logits[1, 5] > logits[3, 5] > logits[6, 5]
+        _, attn = attention.step(slots, *torch.zeros(2, 1, 64, 8), torch.ones(1, 2, dtype=torch.bool))
+    first = attn[0, 0].view(8, 8)
+    assert first[2, 5] > 0.75 and first[5, 2] < 0.25
+    assert first[1, 6] > first[3, 5] > first[5, 4]
