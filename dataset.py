@@ -22,54 +22,49 @@ if __name__ == '__main__':  # Ctrl-C during the imports below, which take second
 
 import argparse
 import colorsys
-import contextlib
+import errno
+import fnmatch
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
+import platform
 import re
 import shutil
 import struct
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from shlex import quote
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-# Default resolution (side of the square images in pixels) and default number of slots of each source.
-SIZES = {
-    'shapes': (64, 7),
-    'clevr6': (128, 7),
-    'multi_dsprites': (64, 6),
-    'tetrominoes': (35, 4),
-    'objects_room': (64, 7),
-    'images': (128, 7),
-}
-DATASETS = tuple(SIZES)
 SPLITS = ('train', 'val', 'test')
 IGNORE = 255  # the label of pixels that are left out of every score
 RESOLUTIONS = (16, 256)  # smallest and largest
-MANY_LABELS = 50  # in a mask: more are reported
 SHAPES = ('circle', 'square', 'triangle')
 SHAPES_SIZE = 10_000  # default number of training images
 
@@ -109,6 +104,11 @@ class ImagesInMemory(Dataset):
         return to_batch(self.images[indices], None if self.labels is None else self.labels[indices])
 
 
+def fits_in_memory(count: int, resolution: int) -> bool:
+    """Whether images and labels take less than half of the available memory."""
+    return count * resolution**2 * 4 < psutil.virtual_memory().available / 2
+
+
 def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Tensor]:
     """Converts uint8 images [B, H, W, 3] and labels [B, H, W] to a batch (see the module docstring)."""
     image = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels_last in memory
@@ -116,6 +116,18 @@ def to_batch(images: np.ndarray, labels: np.ndarray | None = None) -> dict[str, 
     if labels is not None:
         batch['mask'] = torch.from_numpy(labels).long()
     return batch
+
+
+def crop_box(width: int, height: int, dataset_type: str) -> tuple[float, float, float, float]:
+    """Returns the square of a picture that the model sees: left, top, right and bottom in pixels.
+
+    The centre. In landscape pictures of 'clevr6' it is the paper's crop, rows 29 to 221 of 240; other pictures of
+    'clevr6' are taken to be cropped already.
+    """
+    side, middle = min(width, height), height / 2
+    if dataset_type == 'clevr6' and width > height:
+        side, middle = height * 192 / 240, height * 125 / 240
+    return (width - side) / 2, middle - side / 2, (width + side) / 2, middle + side / 2
 
 
 def digest(*parts: object) -> str:
@@ -137,9 +149,10 @@ class ShapesDataset(ImagesInMemory):
     """Circles, squares and triangles on a grey background, with instance labels.
 
     The number of objects and their shape, position, size, rotation and colour are random. Objects may overlap, but at
-    least MIN_VISIBLE of the area of each stays visible. Image i is a function of (seed, split, i): it does not depend
-    on `size`, and no two splits share an image. All images are drawn in the constructor and kept in memory.
-    Raises DataError for an unknown split, and for a size, resolution, number of objects or seed out of range.
+    least MIN_VISIBLE of the area of each stays visible. Image i is a function of (data_seed, split, i): it does not
+    depend on `size`, and no two splits share an image. All images are drawn in the constructor and kept in memory.
+    Raises DataError for an unknown split, and for a size, resolution, number of objects or seed out of range, and
+    MemoryError for a size that does not fit in memory.
     """
 
     # The size of an object is the radius of the disc of equal area, as a fraction of the image side.
@@ -149,20 +162,22 @@ class ShapesDataset(ImagesInMemory):
     MAX_OBJECTS = 16
 
     def __init__(
-        self, split: str = 'train', size: int = SHAPES_SIZE, resolution: int = 64,
-        max_objects: int = 6, min_objects: int = 2, seed: int = 0,
+        self, split: str = 'train', size: int | None = None, resolution: int = 64,
+        max_objects: int = 6, min_objects: int = 2, data_seed: int = 0,
     ):  # fmt: skip
-        low, high = RESOLUTIONS
+        size, (low, high) = SHAPES_SIZE if size is None else size, RESOLUTIONS
         require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
         require(size >= 1, f'the number of images must be at least 1, not {size}')
         require(low <= resolution <= high, f'the resolution of shapes must be from {low} to {high}, not {resolution}')
         limits = f'1 <= min_objects <= max_objects <= {self.MAX_OBJECTS}'
         valid = 1 <= min_objects <= max_objects <= self.MAX_OBJECTS
         require(valid, f'min_objects ({min_objects}) and max_objects ({max_objects}) must satisfy {limits}')
-        require(seed >= 0, f'the seed of shapes must not be negative, not {seed}')
-        self.split, self.resolution, self.seed = split, resolution, seed
+        require(data_seed >= 0, f'data_seed must not be negative, not {data_seed}')
+        self.split, self.resolution, self.data_seed = split, resolution, data_seed
         self.min_objects, self.max_objects = min_objects, max_objects
-        self.fingerprint = digest('shapes', resolution, max_objects, min_objects, seed)
+        self.fingerprint = digest('shapes', resolution, max_objects, min_objects, data_seed)
+        if not fits_in_memory(size, resolution):
+            raise MemoryError
         self.images = np.empty((size, resolution, resolution, 3), np.uint8)
         self.labels = np.empty((size, resolution, resolution), np.uint8)
         # `delay` shows the bar only if drawing takes longer than two seconds.
@@ -171,7 +186,7 @@ class ShapesDataset(ImagesInMemory):
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns image uint8 [H, W, 3] and labels uint8 [H, W] of sample `index`."""
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        rng = np.random.default_rng([self.data_seed, SPLITS.index(self.split), index])
         image = np.full((3, self.resolution, self.resolution), 255 * rng.uniform(0.1, 0.9), np.float32)
         labels = np.zeros((self.resolution, self.resolution), np.uint8)
         count = rng.integers(self.min_objects, self.max_objects, endpoint=True)
@@ -221,7 +236,6 @@ class ShapesDataset(ImagesInMemory):
 # --- Published data sets ---------------------------------------------------------------------
 
 BUCKET = 'https://storage.googleapis.com/multi-object-datasets'
-CLEVR_WINDOW = (slice(29, 221), slice(64, 256))  # rows and columns of a 240x320 image that the paper crops to
 
 
 @dataclass(frozen=True)
@@ -234,12 +248,11 @@ class Published:
     width: int
     backgrounds: int = 1  # number of leading masks of a record that are background
     entities_last: bool = False  # masks are [H, W, N, 1] instead of [N, H, W, 1]
-    window: tuple[slice, slice] = (slice(None), slice(None))  # rows and columns that are kept
 
 
 VARIANTS = ('colored_on_grayscale', 'colored_on_colored', 'binarized')  # of multi_dsprites
 PUBLISHED = {
-    'clevr6': Published('clevr_with_masks/clevr_with_masks_train.tfrecords', 10.5, 240, 320, window=CLEVR_WINDOW),
+    'clevr6': Published('clevr_with_masks/clevr_with_masks_train.tfrecords', 10.5, 240, 320),
     'multi_dsprites': Published('multi_dsprites/multi_dsprites_{}.tfrecords', None, 64, 64, entities_last=True),
     'tetrominoes': Published('tetrominoes/tetrominoes_train.tfrecords', 0.3, 35, 35),
     'objects_room': Published('objects_room/objects_room_train.tfrecords', 7, 64, 64, backgrounds=4),
@@ -248,8 +261,7 @@ MAX_RECORDS = 100_000  # later records of a source are not used
 SHARES = (0.7, 0.15)  # train, val; the rest is test. The paper trains on the first 70,000 records of CLEVR
 
 
-@dataclass
-class Scene:
+class Scene(NamedTuple):
     image: np.ndarray  # uint8 [h, w, 3]
     labels: np.ndarray | None  # uint8 [resolution, resolution]
     num_objects: int
@@ -258,77 +270,70 @@ class Scene:
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """Yields the payload of each record of a TFRecord file, GZIP or plain. Raises DataError for a damaged file."""
+    """Yields the payload of each record of a TFRecord file, GZIP or plain. Raises DataError for a damaged file.
+
+    Checks the lengths of all records; their content only through GZIP: the checksums take a second per megabyte.
+    """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # importing takes 0.5 s
 
     number, again = 0, 'delete the file and fetch it again'
-    with open(path, 'rb') as file:
-        zipped = file.read(2) == b'\x1f\x8b'
-    with (gzip.open if zipped else open)(path, 'rb') as file:
-        try:
+    try:
+        with open(path, 'rb') as file:
+            zipped = file.read(2) == b'\x1f\x8b'
+        if not zipped:
+            print(f'{path} is not compressed with GZIP: damaged images would not be noticed', file=sys.stderr)
+        with (gzip.open if zipped else open)(path, 'rb') as file:
             while header := file.read(12):
                 length, checksum = struct.unpack('<QI', header)
                 if masked_crc32c(header[:8]) != checksum:
                     raise zlib.error('its length does not match its checksum')
                 payload = file.read(length)
-                if len(payload) < length or len(file.read(4)) < 4:  # its checksum would take a second per megabyte
+                if len(payload) < length or len(file.read(4)) < 4:
                     raise EOFError
                 yield payload
                 number += 1
-        except (EOFError, struct.error) as error:
-            raise DataError(f'{path} ends within record {number}: it is not complete; {again}') from error
-        except (zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f'{path}: record {number} is damaged: {error}; {again}') from error
+    except (EOFError, struct.error) as error:
+        raise DataError(f'{path} ends within record {number}: it is not complete; {again}') from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f'{path}: record {number} is damaged: {error}; {again}') from error
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error}') from error
     require(number > 0, f'{path} holds no records; {again}')
 
 
-# tf.train.Example, except that a BytesList stays serialised: one object instead of a million one-byte strings.
-EXAMPLE = """
-name: "example.proto" package: "published" syntax: "proto3"
-message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
-message_type { name: "Feature" field { name: "bytes_list" number: 1 type: TYPE_BYTES }
-  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".published.FloatList" } }
-message_type { name: "Entry" field { name: "key" number: 1 type: TYPE_STRING }
-  field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".published.Feature" } }
-message_type { name: "Features"
-  field { name: "feature" number: 1 type: TYPE_MESSAGE label: LABEL_REPEATED type_name: ".published.Entry" } }
-message_type { name: "Example"
-  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".published.Features" } }
-"""
-POOL = descriptor_pool.DescriptorPool()
-POOL.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-Example = message_factory.GetMessageClass(POOL.FindMessageTypeByName('published.Example'))
+def parse_message(content: bytes) -> list[tuple[int, bytes]]:
+    """Returns number and content of each field of a serialised protobuf message."""
+    return [(field.field_number, field.data) for field in UnknownFieldSet(Empty.FromString(content))]
 
 
-def bytes_of(features: dict, name: str, pixels: int) -> np.ndarray:
+def bytes_of(features: dict[str, bytes], name: str, pixels: int) -> np.ndarray:
     """Returns the one-byte strings of a feature, uint8 [n * pixels]. Each is serialised as 0A 01 and the byte."""
-    require(name in features, f'it has no {name!r}')
-    wire = np.frombuffer(features[name].bytes_list, np.uint8)
+    wire = np.frombuffer(features.get(name, b''), np.uint8)
     valid = len(wire) > 0 and len(wire) % (3 * pixels) == 0 and tuple(wire[:2]) == (10, 1)
-    require(valid, f'its {name!r} does not hold one byte for each of {pixels} pixels')
+    require(valid, f'it has no {name!r} of one byte for each of {pixels} pixels')
     return wire[2::3]
 
 
 def decode_record(number: int, payload: bytes, source: Published, resolution: int) -> Scene:
-    """Decodes record `number`. Raises DataError for one that does not hold what `source` says."""
-    try:
-        features = {entry.key: entry.value for entry in Example.FromString(payload).features.feature}
-    except DecodeError as error:
-        raise DataError('it is damaged or not a tf.train.Example; fetch the file again') from error
+    """Decodes record `number`, a tf.train.Example. Raises an error for one that does not hold what `source` says."""
     height, width = source.height, source.width
-    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[source.window]  # (h, w, C)
+    ((_, content),) = parse_message(payload)
+    entries = [dict(parse_message(entry)) for _, entry in parse_message(content)]  # 1: name, 2: Feature
+    features = {entry[1].decode(): parse_message(entry[2])[0][1] for entry in entries}  # BytesList or FloatList
+    left, top, right, bottom = map(int, crop_box(width, height, 'clevr6'))  # the others are square
+    image = bytes_of(features, 'image', height * width).reshape(height, width, -1)[top:bottom, left:right]  # (h, w, C)
     require(image.shape[2] in (1, 3), f"its 'image' has {image.shape[2]} channels, not 1 or 3")
     masks = bytes_of(features, 'mask', height * width)
     if source.entities_last:
         masks = masks.reshape(height, width, -1).transpose(2, 0, 1)  # (N, H, W)
     else:
         masks = masks.reshape(-1, height, width)
-    # Labels are resized to the nearest pixel, before argmax: this leaves fewer pixels to take it of.
+    # Resizing to the nearest pixel first makes the argmax cheaper.
     rows, columns = (((np.arange(resolution) + 0.5) * side / resolution).astype(int) for side in image.shape[:2])
-    strongest = masks[(slice(None), *source.window)][:, rows[:, None], columns].argmax(axis=0)
+    strongest = masks[:, top + rows[:, None], left + columns].argmax(axis=0)
     labels = np.maximum(strongest - (source.backgrounds - 1), 0).astype(np.uint8)
     if 'visibility' in features:
-        visible = np.array(features['visibility'].float_list.value) > 0
+        visible = np.frombuffer(parse_message(features['visibility'])[0][1], '<f4') > 0
     else:
         visible = masks.any(axis=(1, 2))  # a mask with a pixel is an object
     num_objects = int(visible[source.backgrounds :].sum())
@@ -340,8 +345,8 @@ def read_published(path: Path, source: Published, resolution: int) -> Iterator[S
     for number, payload in enumerate(itertools.islice(read_records(path), MAX_RECORDS)):
         try:
             scene = decode_record(number, payload, source, resolution)
-        except DataError as error:
-            raise DataError(f'{path}: record {number} is not as expected: {error}') from error
+        except (DecodeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(f'{path}: record {number} is damaged or not as expected: {error}') from error
         yield scene
 
 
@@ -350,152 +355,132 @@ def read_clevr_v1(folder: Path) -> Iterator[Scene]:
     scenes = []  # picture, number of objects, split
     for name in ('train', 'val'):
         file = folder / 'scenes' / f'CLEVR_{name}_scenes.json'
-        if not file.is_file():
-            continue
         try:
-            found = json.loads(file.read_text())['scenes']
+            found = json.loads(file.read_text())['scenes'] if file.is_file() else []
             listed = [(folder / 'images' / name / s['image_filename'], len(s['objects'])) for s in found]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{file} is not a list of CLEVR scenes ({type(error).__name__}: {error})') from error
-        require(len(listed) > 0, f'{file} lists no scenes; fetch the file again')
         missing = [picture for picture, _ in listed if not picture.is_file()]
-        if missing:
-            count = f'{len(missing)} of the {len(listed)} pictures that {file} names are missing'
-            raise DataError(f'{count}, the first is {missing[0]}; fetch them again')
-        num_val = (len(listed) + 1) // 2
-        splits = [0] * len(listed) if name == 'train' else [1] * num_val + [2] * (len(listed) - num_val)
-        scenes += [(*scene, split) for scene, split in zip(listed, splits, strict=True)]
-    require(len(scenes) > 0, f'{folder / "scenes"} has neither CLEVR_train_scenes.json nor CLEVR_val_scenes.json')
+        count = f'{len(missing)} of the {len(listed)} pictures that {file} names are missing'
+        require(not missing, f'{count}, the first is {missing[0] if missing else None}; fetch them again')
+        half = (len(listed) + 1) // 2
+        scenes += [(*scene, 0 if name == 'train' else 1 + (i >= half)) for i, scene in enumerate(listed)]
+    names = 'CLEVR_train_scenes.json or CLEVR_val_scenes.json'
+    require(len(scenes) > 0, f'{folder / "scenes"} has no {names} that lists a scene; fetch them again')
     for number, (picture, num_objects, split) in enumerate(scenes):
-        yield Scene(crop_clevr(picture), None, num_objects, number, split)
-
-
-def crop_clevr(path: Path) -> np.ndarray:
-    """Reads a picture and crops it as the paper crops CLEVR's 320x240 images: uint8 [192, 192, 3]. Raises DataError."""
-    image, rows = open_picture(path), CLEVR_WINDOW[0]
-    if image.width <= image.height:  # it is cropped already
-        return np.asarray(ImageOps.fit(image, (192, 192), Image.Resampling.BILINEAR))
-    if image.size != (320, 240):  # such as the 480x320 of CLEVR_v1.0
-        image = image.resize((round(image.width * 240 / image.height), 240), Image.Resampling.BILINEAR)
-    left = (image.width - (rows.stop - rows.start)) // 2
-    return np.asarray(image)[rows, left : left + rows.stop - rows.start]
+        yield Scene(crop(open_picture(picture), 192, 'clevr6'), None, num_objects, number, split)
 
 
 # --- Pictures --------------------------------------------------------------------------------
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif')
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+OTHER_FORMATS = ('.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.tga')  # reported, but not read
+MASKS = ('{name}_mask.png', '../masks/{name}.png')  # the patterns that are tried without --masks
+SPLIT_FOLDERS = dict(train='train', val='val', valid='val', validation='val', test='test')
+CREATOR = 'Slot Attention dataset.py'  # in the metadata of the sheet of samples
+OUR_FIGURES = re.compile(rb'Slot Attention (dataset|visualize)\.py')
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by PIL
+Image.MAX_IMAGE_PIXELS = 10**9  # panoramas and scans exceed the default
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white. Raises DataError."""
+    """Opens the first page of a picture as 8-bit RGB: upright by its EXIF orientation, transparent parts on white.
+
+    The type of the pixels sets their scale: integers of more than 8 bits are from 0 to 65535, floats from 0 to 1.
+    The attribute `pages` of the result is the number of pages or frames. Raises DataError.
+    """
     try:
         with Image.open(path) as file:
-            sixteen_bits = 'RGB;16' in str(file.tile)  # PIL keeps the upper 8 bits
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in 'IF':
-                image = Image.fromarray(to_8_bits(np.asarray(image)))
+                full = 1 if image.mode == 'F' else 65535
+                values = np.asarray(image) / full
+                if not -0.5 <= values.min() <= values.max() <= 1.5:  # resizing overshoots by less; also NaN
+                    raise ValueError(f'its values are not from 0 to {full}')
+                image = Image.fromarray((values.clip(0, 1) * 255 + 0.5).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
             image = image.convert('RGB')
-            if sixteen_bits and max(high for _, high in image.getextrema()) < 16:
-                raise ValueError('it uses at most 12 bits of 16-bit channels; convert it to 8 bits')
+            image.pages = getattr(file, 'n_frames', 1)
             return image
     except UNREADABLE as error:
-        raise DataError(f'{path} cannot be read as a picture: {error}') from error
+        raise DataError(f'{path} cannot be read as a picture: {error}; repair or remove it') from error
 
 
-def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scales pixels to uint8: the first of 1 (floats only), 255, 4095 and 65535 that none exceeds becomes 255."""
-    low, high = values.min(), values.max()
-    full = next((full for full in (1, 255, 4095, 65535)[values.dtype.kind != 'f' :] if high <= full), None)
-    if full is None or low < 0:
-        raise ValueError(f'its values are from {low:g} to {high:g}; convert it to 8 bits')
-    return (values * (255 / full) + 0.5).astype(np.uint8)
+def crop(image: Image.Image, size: int, dataset_type: str = 'images', method=Image.Resampling.BILINEAR) -> np.ndarray:
+    """Resizes the part of a picture that the model sees, see crop_box(): uint8 [size, size] or [size, size, 3]."""
+    return np.asarray(image.resize((size, size), method, crop_box(*image.size, dataset_type)), np.uint8)
 
 
 def read_picture(path: Path, resolution: int, dataset_type: str = 'images') -> np.ndarray:
     """Reads a picture, crops and resizes it like the images of `dataset_type`: uint8 [R, R, 3]. Raises DataError."""
     if dataset_type == 'clevr6':
-        return resize([crop_clevr(path)], resolution)[0]
-    return np.asarray(ImageOps.fit(open_picture(path), (resolution, resolution), Image.Resampling.BILINEAR))
+        return resize([crop(open_picture(path), 192, 'clevr6')], resolution)[0]
+    return crop(open_picture(path), resolution)
 
 
-def read_mask(path: Path, picture: Path, size: tuple[int, int], resolution: int) -> np.ndarray:
-    """Reads the mask of a picture of `size` (width, height), cropped in the same way: [R, R]. Raises DataError."""
+def read_mask(path: Path, size: tuple[int, int], resolution: int, problems: list[str]) -> np.ndarray:
+    """Reads the mask of a picture of `size` (width, height), cropped as the picture: uint8 [R, R].
+
+    Raises DataError for a mask that cannot be used. Adds to `problems` if the labels seem to be wrong.
+    """
     try:
         with Image.open(path) as file:
-            mask, mode = ImageOps.exif_transpose(file), f'{file.format} mode {file.mode}'
+            mask, bands, mode = ImageOps.exif_transpose(file), len(file.getbands()), f'{file.format} mode {file.mode}'
     except UNREADABLE as error:
         raise DataError(f'mask {path} cannot be read: {error}; save it again') from error
-    labels = mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG')
-    convert = "convert it with Image.fromarray(labels.astype('uint8')).save('NAME_mask.png')"
-    require(labels, f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; {convert}')
-    width, height = size
-    same = abs(mask.width * height - mask.height * width) <= max(*size, *mask.size)  # sides may be rounded by a pixel
-    names = f'mask {path} ({mask.width}x{mask.height}) and picture {picture} ({width}x{height})'
-    require(same, f'{names} differ in aspect ratio; crop both in the same way')
-    return np.asarray(ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST), np.uint8)
+    values = 'pixels' if bands == 1 else 'pixels.reshape(-1, pixels.shape[-1]), axis=0'
+    remedy = f'number its values with np.unique({values}, return_inverse=True)[1].reshape(pixels.shape[:2])'
+    valid = mask.mode in ('1', 'L', 'P') and not mode.startswith('JPEG')
+    require(valid, f'mask {path} is a {mode}, not a PNG with one 8-bit channel of labels; {remedy}')
+    (width, height), (mask_width, mask_height) = size, mask.size
+    same = abs(mask_width * height - mask_height * width) <= max(*size, *mask.size)  # sides may be rounded by a pixel
+    what = f'mask {path} is {mask_width}x{mask_height} and its picture {width}x{height}, of another aspect ratio'
+    require(same, f'{what}; crop both in the same way')
+    labels = np.asarray(mask, np.uint8)
+    corner = labels[1:, 1:]
+    thick = corner[(labels[:-1, :-1] == corner) & (labels[:-1, 1:] == corner) & (labels[1:, :-1] == corner)]
+    every, wide = (set(np.unique(pixels)) - {IGNORE} for pixels in (labels, thick))
+    if len(every - wide) > max(len(wide), 3):
+        problems.append(f'most labels of mask {path} cover only edges; if it was resized, use Image.Resampling.NEAREST')
+    if every <= {0} and IGNORE in labels:
+        problems.append(f'mask {path} has no label but 0 and 255, which no score counts; number objects from 1')
+    return crop(mask, resolution, method=Image.Resampling.NEAREST)
 
 
-def find_pictures(folder: str | os.PathLike) -> list[Path]:
-    """Lists the pictures below a folder, without masks, in natural order: frame2 before frame10."""
-    return list(find_masks(Path(folder))[0])
-
-
-def find_masks(folder: Path, mask_dir: Path | None = None) -> tuple[dict[Path, Path | None], list[Path]]:
-    """Returns the mask of each picture below a folder (None: it has none), and the masks that have no picture.
-
-    A mask lies beside its picture a/NAME.jpg as a/NAME_mask.png, or has the same name in a folder `masks`
-    beside a folder `images`. Letter case does not matter. `mask_dir` replaces both: mask_dir/a/NAME.png.
-    """
-    if mask_dir is None and folder.name.lower() == 'images' and folder.is_dir():
-        mask_dir = next((path for path in folder.parent.iterdir() if path.name.lower() == 'masks'), None)
-    files = walk(folder, leave_out=mask_dir)
-    folders = {str(parent) for key in files.values() for parent in PurePosixPath(key).parents}
-    pictures, masks = {}, {}  # the key of each picture, and for each mask the key of its picture
-    for path, key in files.items():
-        parallel = re.match('(|.*/)masks/', key)
-        if parallel and f'{parallel[1]}images' in folders:
-            masks[path] = f'{parallel[1]}images/{key[parallel.end() :]}'
-        elif key.endswith('_mask'):
-            masks[path] = key
-        else:
-            pictures[path] = key
-    by_key: dict[str, Path] = {}
-    for mask, key in (walk(mask_dir) if mask_dir else masks).items():
-        other = by_key.setdefault(key.removesuffix('_mask'), mask)
-        require(other == mask, f'{other} and {mask} are masks of the same picture; remove one of them')
-    # Below mask_dir, the folder `images` may be missing.
-    shorter = {key: re.sub('(^|/)images/', r'\1', key) for key in pictures.values()}
-    mask_of = {path: by_key.get(key) or by_key.get(shorter[key]) for path, key in pictures.items()}
-    return mask_of, sorted(set(by_key.values()) - set(mask_of.values()))
-
-
-def masks_by_name(folder: Path, pictures: list[Path]) -> list[Path]:
-    """The pictures that seem to be masks: they are called so, or are the PNG of a name that another picture has."""
-    keys = {path: path.relative_to(folder).with_suffix('').as_posix().lower() for path in pictures}
-    counts = Counter(keys.values())
-    called = re.compile('(^|[^a-z])(masks?|labels?|seg[a-z]*|gt)([^a-z]|$)')
-    return [p for p, key in keys.items() if called.search(key) or (counts[key] > 1 and p.suffix.lower() == '.png')]
-
-
-def walk(folder: Path, leave_out: Path | None = None) -> dict[Path, str]:
-    """Returns picture files in natural order, each with its path relative to `folder` in lower case, without ending.
+def walk(folder: Path, problems: list[str]) -> list[Path]:
+    """Returns the picture files below a folder in natural order, and adds to `problems` the files that are left out.
 
     Follows symbolic links, visits a folder once, and skips hidden names.
     """
-    found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    files, visited = [], set()
+    lost = '{} cannot be reached and is left out; repair the link or the permissions'.format
+    for parent, folders, names in os.walk(folder, True, lambda error: problems.append(lost(error.filename)), True):
         if (real := os.path.realpath(parent)) in visited:
             folders.clear()
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        found += [Path(parent, name) for name in names if not name.startswith('.')]
-    found = sorted((path for path in found if path.suffix.lower() in PICTURES and path.is_file()), key=natural_key)
-    return {path: path.relative_to(folder).with_suffix('').as_posix().lower() for path in found}
+        for path in (Path(parent, name) for name in names if not name.startswith('.')):
+            ending = path.suffix.lower()
+            if not os.path.isfile(path):
+                problems.append(lost(path))
+            elif ending in OTHER_FORMATS:
+                problems.append(f'{path} is in a format that is not read; convert it to PNG or JPEG')
+            elif is_our_figure(path):
+                problems.append(f'{path} is a figure of these scripts and is left out; move it to another folder')
+            elif ending in PICTURES:
+                files.append(path)
+    return sorted(files, key=natural_key)
+
+
+def is_our_figure(path: Path) -> bool:
+    """Whether the metadata, which PNG and GIF files have at their start, name one of these scripts."""
+    if path.suffix.lower() not in ('.png', '.gif') or not os.access(path, os.R_OK):
+        return False
+    with open(path, 'rb') as file:
+        return OUR_FIGURES.search(file.read(2048)) is not None
 
 
 def natural_key(path: Path) -> list[str | int]:
@@ -503,14 +488,129 @@ def natural_key(path: Path) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split('([0-9]+)', str(path)))]
 
 
-def split_by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
-    """Splits 3 or more files by a hash of their names; each split is in the order of the hash."""
-    hashes = {path: int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) / 2**256 for path, name in names.items()}
-    order = sorted(hashes, key=hashes.get)
-    num_val = min(max(sum(value < 0.1 for value in hashes.values()), 1), len(order) - 2)
-    num_test = min(max(sum(value >= 0.9 for value in hashes.values()), 1), len(order) - num_val - 1)
-    end = len(order) - num_test
-    return {'val': order[:num_val], 'train': order[num_val:end], 'test': order[end:]}
+def nfc(path: str | Path) -> str:
+    """Composes accents: macOS writes names in another form than other systems."""
+    return unicodedata.normalize('NFC', str(path))
+
+
+def folders_of(path: Path, top: Path) -> list[tuple[str, str]]:
+    """Returns each folder from that of a file up to `top`, with the path in it of the file, without its ending."""
+    stem, first = os.path.splitext(path)[0], len(str(top))
+    return [(stem[:i], stem[i + 1 :]) for i in range(len(stem) - 1, first - 1, -1) if stem[i] == os.sep]
+
+
+def find_masks(
+    folder: Path, files: list[Path], patterns: Sequence[str], problems: list[str]
+) -> tuple[dict[Path, Path], set[Path]]:
+    """Returns the mask of each picture that has one, and all files that have the name of a mask.
+
+    In a pattern {name} is the path of the picture, without its ending, relative to its folder or to one above it, up
+    to `folder`; the pattern is relative to the same folder. A mask whose name differs in case is used if it could
+    belong to no other picture. Masks that cannot be reached are added to `problems`.
+    """
+    known = list(files)
+    for root in {Path(os.path.normpath(folder / pattern.partition('{name}')[0])) for pattern in patterns}:
+        if root not in folder.parents and folder not in (root, *root.parents):
+            places = {place for place in root.parent.glob('*') if nfc(place).casefold() == nfc(root).casefold()}
+            known += itertools.chain(*(walk(place, problems) for place in places | {root} if place.is_dir()))
+    by_name, pictures = defaultdict(dict), Counter(nfc(os.path.splitext(path)[0]).casefold() for path in files)
+    for path in known:
+        by_name[nfc(path).casefold()][nfc(path)] = path
+    mask_of: dict[Path, Path] = {}
+    for path in files:
+        alone = pictures[nfc(os.path.splitext(path)[0]).casefold()] == 1
+        for pattern, (parent, name) in itertools.product(patterns, folders_of(path, folder)):
+            place = nfc(os.path.normpath(os.path.join(parent, pattern.replace('{name}', name))))
+            masks = by_name.get(place.casefold(), {})
+            mask = masks.get(place) or (next(iter(masks.values())) if len(masks) == 1 and alone else path)
+            if mask != path:
+                mask_of.setdefault(path, mask)
+    named = set(mask_of.values())
+    for pattern in patterns:  # every NAME_mask, and all below a folder masks, unless there are no other pictures
+        like = '*/' + os.path.splitext(nfc(pattern).casefold())[0].replace('../', '').replace('{name}', '*')
+        found = {path for path in files if fnmatch.fnmatch('/' + nfc(folders_of(path, folder)[-1][1]).casefold(), like)}
+        if len(found) < len(files):
+            named |= found
+    return mask_of, named
+
+
+def find_labels(folder: Path, pictures: list[Path]) -> dict[Path, str]:
+    """Returns the pictures that seem to be labels of others, each with the pattern that makes it their mask.
+
+    A folder holds labels if a folder beside it has files of the same names, with more channels.
+    """
+    groups = defaultdict(dict)  # folder: file: its name in the folder
+    for path in pictures:
+        for parent, name in folders_of(path, folder)[:-1]:
+            # Cityscapes: leftImg8bit/a_leftImg8bit.png and gtFine/a_gtFine_color.png are both named a.
+            groups[Path(parent)][path] = name.split(f'_{os.path.basename(parent)}')[0]
+    names = {group: set(files.values()) for group, files in groups.items()}
+    one_channel = {  # or, with several files of a name, one of them
+        group: (any if len(names[group]) < len(files) else all)(count_channels(path) == 1 for path in [*files][:9])
+        for group, files in groups.items()
+    }
+    labels = {}
+    for group in filter(one_channel.get, groups):
+        beside = (other for other in groups if other.parent == group.parent and not one_channel[other])
+        if any(names[group] <= names[other] for other in beside):
+            labels |= {path: f'../{group.name}/{{name}}{path.suffix}' for path in groups[group]}
+    return labels
+
+
+def count_channels(path: Path) -> int:
+    try:
+        with Image.open(path) as file:
+            return len(file.getbands())
+    except UNREADABLE:
+        return 0
+
+
+def list_pictures(folder: Path, masks: str | None = None) -> tuple[dict[Path, Path | None], list[str]]:
+    """Returns the pictures below a folder, each with its mask or None, and the problems of the other files."""
+    problems: list[str] = []
+    files = walk(folder, problems)
+    patterns = MASKS if masks is None else (os.path.expanduser(masks),)
+    mask_of, named = find_masks(folder, files, patterns, problems)
+    pictures = [path for path in files if path not in named]
+    labels = find_labels(folder, pictures)
+    for path in named.difference(mask_of.values()):
+        remedy = 'give it the name of its picture, or, if it is a picture, another name'
+        problems.append(f'{path} is left out as a mask without a picture; {remedy}')
+    for path, pattern in labels.items():
+        remedy = f"if it is the mask of a picture of the same name, add --masks '{pattern}'"
+        problems.append(f'{path} seems to hold labels and is left out; {remedy}')
+    return {path: mask_of.get(path) for path in pictures if path not in labels}, problems
+
+
+def find_pictures(folder: str | os.PathLike) -> list[Path]:
+    """Lists the pictures below a folder, without masks, in natural order: frame2 before frame10."""
+    return list(list_pictures(Path(os.path.abspath(folder)))[0])
+
+
+def split_pictures(folder: Path, pictures: Iterable[Path]) -> tuple[dict[str, list[Path]], bool]:
+    """Returns the pictures of each split, in the order of a hash of their paths, and whether folders make the splits.
+
+    They do if there is a folder train and one of another split. A split without a folder is the lowest tenth of the
+    hash (val) or the highest (test) of the pictures of train, or else of all pictures: adding or removing a picture
+    moves no other one, except in a small folder, where a split takes at least one picture.
+    """
+
+    def place(path: Path) -> float:
+        return int(hashlib.sha256(os.fsencode(path.relative_to(folder).as_posix())).hexdigest(), 16) / 2**256
+
+    order, own = sorted(pictures, key=place), defaultdict(list)
+    for path in order:
+        parts = (SPLIT_FOLDERS.get(part.lower()) for part in path.relative_to(folder).parts[:-1])
+        own[next(filter(None, parts), None)].append(path)
+    by_folder = bool(own['train'] and (own['val'] or own['test']))
+    train, val, test = (own[split] for split in SPLITS) if by_folder else (order, [], [])
+    if not val:
+        number = min(max(sum(place(path) < 0.1 for path in train), 1), len(train) - 1 - (not test))
+        val, train = train[:number], train[number:]
+    if not test:
+        number = len(train) - min(max(sum(place(path) >= 0.9 for path in train), 1), len(train) - 1)
+        train, test = train[:number], train[number:]
+    return {'train': train, 'val': val, 'test': test, 'all': order}, by_folder
 
 
 def report(problems: list[str]) -> None:
@@ -526,83 +626,79 @@ def report(problems: list[str]) -> None:
 class PictureFolder(ImagesInMemory):
     """Pictures below a folder, cropped to the central square and resized; labels from their masks, if any.
 
-    `find_masks` says which file is the mask of a picture. A mask has one channel of 8 bits (PIL modes 1, L and P) and
-    the aspect ratio of its picture. One that cannot be used is reported, and its picture is used without it. If other
-    pictures have a mask, a picture without one has the label IGNORE everywhere.
-
-    The split of a picture depends on a hash of its path relative to the folder: 80 % are for training, 10 % each for
-    validation and test. Adding or removing a picture moves no other one, except in a small folder: a split that would
-    be empty takes the picture with the nearest hash. A picture that cannot be read is reported and skipped.
-    Raises DataError for a missing folder, fewer than 3 pictures, two masks of one picture, and too little memory.
+    `masks` is the pattern of the masks, see find_masks(); None: MASKS. A mask has one channel of 8 bits and the aspect
+    ratio of its picture. A picture without a usable mask has the label IGNORE everywhere if others have masks. Pictures
+    and masks that cannot be used are reported. split_pictures() chooses the splits. Raises DataError for a folder that
+    is missing or has too few pictures, and for `masks` that lead to none.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, split: str, size: int | None = None, resolution: int = 128,
-        mask_dir: str | os.PathLike | None = None,
+        self, split: str, size: int | None = None, resolution: int = 128, data_dir: str | os.PathLike = 'data',
+        masks: str | None = None,
     ):  # fmt: skip
-        folder, mask_dir, self.resolution = Path(folder), Path(mask_dir) if mask_dir else None, resolution
-        for flag, path in (('data_dir', folder), ('mask_dir', mask_dir)):
-            require(path is None or path.is_dir(), f'no folder {path}; --{flag} must name an existing folder')
-        if mask_dir and mask_dir.samefile(folder):  # masks beside the pictures
-            mask_dir = None
-        mask_of, alone = find_masks(folder, mask_dir)
-        reason = f'no mask in {mask_dir} has the name of a picture in {folder}'
-        require(mask_dir is None or any(mask_of.values()), f'{reason}; rename the masks or leave out --mask_dir')
-        formats = ', '.join(PICTURES)
-        require(len(mask_of) >= 3, f'{folder} holds {len(mask_of)} pictures ({formats}); at least 3 are needed')
-        names = {path: path.relative_to(folder).as_posix() for path in mask_of}
-        sizes = {file: file.stat().st_size for pair in mask_of.items() for file in pair if file}  # bytes
-        files = [(name, sizes[path], sizes.get(mask_of[path])) for path, name in names.items()]
+        folder, self.resolution = Path(os.path.abspath(data_dir)), resolution
+        require(folder.is_dir(), f'no folder {folder}; --data_dir must name a folder of pictures')
+        require('{name}' in (masks or '{name}'), f'--masks {masks} must contain {{name}}, the name of the picture')
+        mask_of, problems = list_pictures(folder, masks)
+        least = 1 if split == 'all' else 3
+        found = f'{folder} holds {len(mask_of)} pictures ({", ".join(PICTURES)})'
+        require(len(mask_of) >= least, f'{found}; at least {least} are needed')
+        found = f'--masks {masks} leads to no mask of a picture such as {next(iter(mask_of))}'
+        require(masks is None or any(mask_of.values()), f'{found}; it is relative to the folder of the picture')
+        sizes = {path: os.path.getsize(path) for pair in mask_of.items() for path in pair if path}
+        files = [(path.relative_to(folder).as_posix(), sizes[path], sizes.get(mask)) for path, mask in mask_of.items()]
         self.fingerprint = digest(*sorted(files))
-        paths = split_by_name(names)[split][:size]
-        fits = len(paths) * resolution**2 * 4 <= psutil.virtual_memory().available / 2
-        require(fits, f'{len(paths)} pictures do not fit in memory: use a smaller --resolution or --train_size')
-        self.problems = []
-        if split == 'train':  # report masks without a picture once, not for each split
-            self.problems += [f'mask {mask} has no picture; give it the name of its picture' for mask in alone]
-            if not any(mask_of.values()) and (alike := masks_by_name(folder, list(mask_of))):
-                remedy = 'give their folder as --mask_dir, or call them NAME_mask.png'
-                self.problems.append(f'{len(alike)} pictures such as {alike[0]} may be masks; if so, {remedy}')
+        splits, by_folder = split_pictures(folder, mask_of)
+        paths = splits[split][:size]
+        require(len(paths) > 0, f'{folder} has no {split} pictures; add some, or use its folders one by one')
+        if not fits_in_memory(len(paths), resolution):
+            raise MemoryError
+        self.problems = [] if split == 'val' else problems  # once, not for both loaders of a training
+        if by_folder and split != 'val':
+            counts = ', '.join(f'{len(splits[name])} {name}' for name in SPLITS)
+            unused = len(mask_of) - sum(len(splits[name]) for name in SPLITS)
+            print(f'{folder}: its folders are the splits: {counts}, {unused} left out', file=sys.stderr)
         with ThreadPool() as pool:  # PIL decodes without holding the interpreter lock
             read = pool.imap(lambda path: self._read(path, mask_of[path]), paths)
             read = tqdm(read, f'reading {split}', len(paths), unit=' pictures', delay=2, disable=None, leave=False)
             found = [pair for pair in read if pair is not None]
-        reason = 'delete or repair them, and other pictures take their place'
+        reason = 'remove or repair them, and other pictures take their place'
         require(len(found) > 0, f'none of the {len(paths)} {split} pictures in {folder} can be read; {reason}')
         images, labels = zip(*found, strict=True)
         self.images = np.stack(images)
-        self.num_masks = sum(mask is not None for mask in labels)
-        if self.num_masks:
+        if self.images.max() <= 16:
+            dark = f'no {split} picture uses more than a sixteenth of the range of its type'
+            self.problems.append(f'{dark}; multiply 12 bits in 16 by 16')
+        masks = [mask for mask in labels if mask is not None]
+        self.objects = [len(set(np.unique(mask)) - {0, IGNORE}) for mask in masks]
+        if masks:
             ignored = np.full((resolution, resolution), IGNORE, np.uint8)
             self.labels = np.stack([ignored if mask is None else mask for mask in labels])
-            if not (self.labels % IGNORE).any():
-                remedy = f'number objects from 1: 0 is the background, and {IGNORE} marks pixels that no score counts'
-                self.problems.append(f'no {split} mask has an object; {remedy}')
-            counts = [np.count_nonzero(np.bincount(mask.ravel())) for mask in labels if mask is not None]
-            if smoothed := sum(count > MANY_LABELS for count in counts):
-                remedy = 'if they were resized, do it again with Image.Resampling.NEAREST'
-                self.problems.append(f'{smoothed} {split} masks have more than {MANY_LABELS} labels; {remedy}')
         report(self.problems)
 
     def __str__(self) -> str:
-        return f'{super().__str__()}, {self.num_masks:,} with a mask'
+        counts = self.objects
+        objects = f' of {np.median(counts):.0f} objects (median; at most {max(counts)})' if counts else ''
+        return f'{super().__str__()}, {len(counts):,} with a mask{objects}'
 
     def _read(self, path: Path, mask: Path | None) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Returns the image [R, R, 3] and labels [R, R] of a picture, or None for a picture that cannot be read."""
+        picture = labels = None
         try:
-            picture, labels = open_picture(path), None
+            picture = open_picture(path)
+            labels = read_mask(mask, picture.size, self.resolution, self.problems) if mask else None
         except DataError as error:
-            print(f'skipped: {error}', file=sys.stderr)
+            self.problems.append(str(error))
+        if picture is None:
             return None
-        try:
-            if mask is not None:
-                labels = read_mask(mask, path, picture.size, self.resolution)
-        except DataError as error:
-            self.problems.append(f'{error} (the picture is used without it)')
-        return np.asarray(ImageOps.fit(picture, (self.resolution,) * 2, Image.Resampling.BILINEAR)), labels
+        if picture.pages > 1:
+            self.problems.append(f'{path} has {picture.pages} pages, of which the first is used; save each as a file')
+        return crop(picture, self.resolution), labels
 
 
 # --- Prepared files --------------------------------------------------------------------------
+
+MIN_FREE = 1e8  # bytes on the disk; a preparation ends below
 
 
 def prepared_path(dataset: str, folder: Path, size: int, max_objects: int, variant: str, limit: int | None) -> Path:
@@ -628,13 +724,11 @@ def find_source(dataset: str, data_dir: Path, variant: str, url: str | None, fet
         download(url or f'{BUCKET}/{published}', file)
         return file
     size = f' ({PUBLISHED[dataset].gigabytes} GB)' if PUBLISHED[dataset].gigabytes else ''
-    folder = ' or the folder CLEVR_v1.0 (no masks, so no segmentation score)' if dataset == 'clevr6' else ''
+    folder = ' or the folder CLEVR_v1.0 (without masks)' if dataset == 'clevr6' else ''
     flag = f' --variant {variant}' if dataset == 'multi_dsprites' else ''
-    raise DataError(
-        f'{data_dir} has no {dataset}: it needs {file.name}{size}{folder}.\n'
-        f'  to download and prepare it: python dataset.py --prepare {dataset}{flag} --data_dir {quote(str(data_dir))}\n'
-        f'  to download it yourself: {BUCKET}/{published}'
-    )
+    command = f'python dataset.py --prepare {dataset}{flag} --data_dir {quote(str(data_dir))}'
+    needed = f'{data_dir} has no {dataset}: it needs {file.name}{size}{folder}'
+    raise DataError(f'{needed}; {command} downloads it from {BUCKET}/{published}')
 
 
 def download(url: str, path: Path, attempts: int = 5) -> None:
@@ -642,19 +736,18 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
     part = path.with_name(f'{path.name}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(attempts):
+        time.sleep(attempt)
         done = part.stat().st_size if part.exists() else 0  # bytes
         try:
             request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
             with urllib.request.urlopen(request, timeout=30) as response:
-                if response.status != 206:
-                    done = 0  # the server sends the whole file
-                left = response.headers.get('Content-Length')
-                total = done + int(left) if left else None
-                options = dict(initial=done, total=total, desc=path.name, disable=None)
+                done *= response.status == 206  # otherwise the server sends the whole file
+                total = done + int(response.headers.get('Content-Length', -1 - done))  # -1: unknown
+                options = dict(initial=done, total=max(total, 0) or None, desc=path.name, disable=None)
                 with open(part, 'ab' if done else 'wb') as file, tqdm.wrapattr(response, 'read', **options) as stream:
                     shutil.copyfileobj(stream, file, 1 << 20)
                     done = file.tell()
-            if total is None or done == total:
+            if total in (-1, done):
                 os.replace(part, path)
                 return
             reason = 'the connection was closed'
@@ -664,38 +757,7 @@ def download(url: str, path: Path, attempts: int = 5) -> None:
                 part.unlink(missing_ok=True)
             elif isinstance(error, ValueError) or 400 <= code < 500:
                 raise DataError(f'{url} cannot be downloaded: {error}; try another --url') from error
-        time.sleep(attempt)
-    done = part.stat().st_size / 1e6 if part.exists() else 0
-    raise DataError(f'{url}: {reason} after {done:,.1f} MB; run the same command again to continue from there')
-
-
-class FileForHDF5(io.FileIO):
-    """Keeps the first error of writing instead of raising it: HDF5 would print it many times and crash at exit."""
-
-    error: OSError | None = None
-
-    def write(self, data) -> int:
-        left = memoryview(data).cast('B')
-        try:
-            while len(left) and self.error is None:
-                left = left[super().write(left) :]
-        except OSError as error:
-            self.error = error
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size
-
-    def flush(self) -> None:
-        """Nothing is buffered; h5py calls it."""
-
-    def raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
+    raise DataError(f'{url}: {reason} after {done / 1e6:,.1f} MB; run the same command again to continue from there')
 
 
 def prepare(
@@ -704,85 +766,60 @@ def prepare(
 ) -> Path:  # fmt: skip
     """Converts a published data set to one HDF5 file and returns its path. The file gets its name when it is complete.
 
-    The first arguments are those of create_dataloader(); scenes with more than `max_objects` are left out.
-
-    Args:
-        limit: number of scenes after which to stop; the file has a name of its own, which contains the number
-        url, fetch: address to download a missing source from (None: the published one), and whether to do so
-        output_dir: folder of the prepared file (None: `data_dir`)
+    Stops after `limit` scenes, under a name that contains it. With `fetch`, a missing source is downloaded from `url`
+    (None: the published one). `output_dir` None is `data_dir`. Scenes with more than `max_objects` are left out.
 
     The file holds `image` uint8 [N, R, R, 3] (resized bilinearly) and `mask` uint8 [N, R, R] (to the nearest; if the
     source has masks), and `num_objects`, `record` (number in the source) and `split` (0 train, 1 val, 2 test), all [N].
     The split depends on the number of the record only: of the first 100,000 records of the source, 70 % are train, the
-    next 15 % val, the rest test.
-
-    Raises DataError for a source that is missing, damaged, or without a scene of at most `max_objects`, and for a
-    folder that cannot be written to.
+    next 15 % val, the rest test. Raises DataError for a source or a folder that cannot be used.
     """
     source, data_dir = PUBLISHED[dataset], Path(data_dir)
     raw = find_source(dataset, data_dir, variant, url, fetch)
-    require(os.access(raw, os.R_OK), f'{raw} cannot be read; check its permissions')
     scenes = read_published(raw, source, resolution) if raw.is_file() else read_clevr_v1(raw)
     path = prepared_path(dataset, Path(output_dir or data_dir), resolution, max_objects, variant, limit)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')  # differs from that of any other process
+    part = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}')  # differs from that of any other process
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, raw)
-        with FileForHDF5(part, 'w+') as output:
-            with h5py.File(output, 'w') as file:
-                file.attrs.update(dataset=dataset, variant=variant, resolution=resolution, max_objects=max_objects)
-                seen = write_scenes(file, scenes, resolution, max_objects, limit, check=output.raise_error)
-                if raw.is_file():
-                    ends = np.cumsum(SHARES) * (seen if limit is None else count_records(raw, source))
-                    file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
-            output.raise_error()
-            os.fsync(output.fileno())
+        for leftover in path.parent.glob(f'.*.h5.{platform.node()}.*'):  # of killed preparations
+            if not psutil.pid_exists(int(leftover.suffix[1:])):
+                leftover.unlink()
+        with h5py.File(part, 'w') as file:
+            file.attrs.update(dataset=dataset, variant=variant, resolution=resolution, max_objects=max_objects)
+            number = seen = write_scenes(file, scenes, resolution, max_objects, limit)
+            if raw.is_file():
+                if limit is not None:  # a file of the published size has all records
+                    whole = source.gigabytes and raw.stat().st_size > 0.9e9 * source.gigabytes
+                    records = tqdm(itertools.islice(read_records(raw), MAX_RECORDS), 'counting', disable=None)
+                    number = MAX_RECORDS if whole else sum(1 for _ in records)
+                ends = np.cumsum(SHARES) * number
+                file['split'][:] = np.searchsorted(ends, file['record'][:], side='right')
+            counts = np.bincount(file['split'][:], minlength=3)
+        with open(part, 'r+b') as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:  # the text of h5py has many lines
-        reason = f'{path} cannot be written: the folder is read-only or the disk is full'
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else ' '.join(str(error).split())
         command = f'python dataset.py --prepare {dataset} --data_dir {quote(str(data_dir))} --output_dir FOLDER'
-        raise DataError(f'{reason}; prepare it in another folder: {command}') from error
+        raise DataError(f'{path} cannot be written: {reason}; prepare it in another folder: {command}') from error
     finally:
         if part.exists():
             part.unlink()
+    images = ', '.join(f'{count} {split}' for count, split in zip(counts, SPLITS, strict=True))
+    print(f'{path}: {images} images; {counts.sum()} of {seen} scenes kept')
+    if limit is not None:
+        print(f'to use this file instead of that of all scenes: --data_dir {quote(str(path))}')
     return path
 
 
-def remove_leftovers(folder: Path, raw: Path) -> None:
-    """Deletes unfinished files of preparations and downloads that were killed."""
-    for path in (*folder.glob('.*.h5.*'), raw.with_name(f'{raw.name}.part')):
-        process = path.suffix[1:]
-        if process == 'part' or (process.isdecimal() and not psutil.pid_exists(int(process))):
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def count_records(path: Path, source: Published) -> int:
-    """Returns the number of records, at most MAX_RECORDS. A file of the published size is not read: it has all."""
-    if source.gigabytes and path.stat().st_size > 0.9e9 * source.gigabytes:
-        return MAX_RECORDS
-    records = itertools.islice(read_records(path), MAX_RECORDS)
-    return sum(1 for _ in tqdm(records, 'counting', unit=' records', delay=2, disable=None, leave=False))
-
-
-def write_scenes(
-    file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None, check: Callable[[], None]
-) -> int:
-    """Writes the arrays described in prepare(). Returns the number of scenes read. Raises DataError if none is kept.
-
-    `check` is called after every 64 scenes, and may raise.
-    """
-    seen = 0
-
-    def within_max_objects() -> Iterator[Scene]:
-        nonlocal seen
-        for scene in tqdm(scenes, 'preparing', unit=' scenes', disable=None):
-            seen += 1
-            if scene.num_objects <= max_objects:
-                yield scene
-
-    kept = itertools.islice(within_max_objects(), limit)
+def write_scenes(file: h5py.File, scenes: Iterator[Scene], size: int, max_objects: int, limit: int | None) -> int:
+    """Writes the arrays described in prepare(). Returns the number of scenes read. Raises DataError if none is kept."""
+    counter = itertools.count()
+    scenes = zip(tqdm(scenes, 'preparing', unit=' scenes', disable=None), counter, strict=False)
+    kept = itertools.islice((scene for scene, _ in scenes if scene.num_objects <= max_objects), limit)
     while batch := list(itertools.islice(kept, 64)):
+        if shutil.disk_usage(Path(file.filename).parent).free < MIN_FREE:
+            raise OSError(errno.ENOSPC, '')  # after a failed write HDF5 would crash at exit
         arrays = {
             'image': resize([scene.image for scene in batch], size),
             'num_objects': np.array([scene.num_objects for scene in batch], np.int32),
@@ -800,9 +837,8 @@ def write_scenes(
                 )  # fmt: skip
             file[name].resize(len(file[name]) + len(array), axis=0)
             file[name][-len(array) :] = array
-        check()
+    seen = file.attrs['scenes_read'] = next(counter)
     require('image' in file, f'none of {seen} scenes has at most {max_objects} objects')
-    file.attrs['scenes_read'] = seen
     return seen
 
 
@@ -815,29 +851,38 @@ def resize(images: list[np.ndarray], size: int) -> np.ndarray:
 
 
 class PreparedDataset(ImagesInMemory):
-    """One split of a file written by prepare(): in memory if it fits, else read batch by batch. Raises DataError."""
+    """One split of a file written by prepare(): in memory if it fits, else read batch by batch. Raises DataError.
 
-    def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, in_memory: bool | None = None):
+    `wanted` are the attributes that the file must have, such as its resolution.
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str, size: int | None = None, **wanted: object):
         self.path = Path(path)
         require(self.path.is_file(), f'no file {path}')
         try:
             with h5py.File(path) as file:
-                self.resolution, self.max_objects = int(file.attrs['resolution']), int(file.attrs['max_objects'])
-                self.variant = file.attrs['variant']
-                self.dataset = file.attrs.get('dataset')  # None: prepared by an older version
-                self.names = ('image', 'mask') if 'mask' in file else ('image',)
+                ours = 'resolution' in file.attrs and {'image', 'record', 'split', 'num_objects'} <= set(file)
+                require(ours, f'{path} was not written by python dataset.py --prepare; give another --data_dir')
+                for name, value in wanted.items():
+                    found = file.attrs.get(name, value)
+                    reason = f'{path} was prepared with {name} {found}, not {value}; use --{name} {found}'
+                    require(found == value, reason)
+                self.resolution, self.names = int(file.attrs['resolution']), ['image', 'mask'][: 1 + ('mask' in file)]
                 self.fingerprint = digest(*(file[name][:].tobytes() for name in ('record', 'split', 'num_objects')))
-                self.rows = np.flatnonzero(file['split'][:] == SPLITS.index(split))[:size]
-                count = len(self.rows)
-                require(count > 0, f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)')
-                fits = count * self.resolution**2 * 4 < psutil.virtual_memory().available / 2
-                self.in_memory = fits if in_memory is None else in_memory
+                splits = file['split'][:]
+                self.rows = np.flatnonzero((splits == SPLITS.index(split)) if split in SPLITS else splits >= 0)[:size]
+                reason = f'{path} has no {split} images; prepare more scenes (--limit, --max_objects)'
+                require(len(self.rows) > 0, reason)
+                self.in_memory = fits_in_memory(len(self.rows), self.resolution)
                 if self.in_memory:
                     piece = slice(self.rows[0], self.rows[-1] + 1)  # a split is nearly contiguous
                     self.images, *labels = (file[name][piece][self.rows - piece.start] for name in self.names)
                     self.labels = labels[0] if labels else None
-        except (OSError, KeyError) as error:
-            raise DataError(f'{path} is damaged or was not prepared here; delete it and prepare it again') from error
+        except MemoryError:
+            self.in_memory = False
+        except OSError as error:
+            reason = ' '.join(str(error).split())
+            raise DataError(f'{path} cannot be read: {reason}; if it is damaged, prepare it again') from error
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -852,38 +897,69 @@ class PreparedDataset(ImagesInMemory):
             return to_batch(*(np.stack([file[name][row] for row in self.rows[indices]]) for name in self.names))
 
 
+def open_prepared(
+    dataset: str, split: str, size: int | None, resolution: int, data_dir: str | os.PathLike = 'data',
+    max_objects: int = 6, variant: str = VARIANTS[0],
+) -> Dataset:  # fmt: skip
+    """Opens a published data set, or the prepared file that `data_dir` names; prepares it first where needed."""
+    path = data_dir = Path(data_dir)
+    if path.suffix != '.h5':
+        path = prepared_path(dataset, data_dir, resolution, max_objects, variant, limit=None)
+        if not path.exists():
+            prepare(dataset, data_dir, resolution, max_objects, variant, fetch=False)
+    wanted = dict(dataset=dataset, variant=variant, resolution=resolution, max_objects=max_objects)
+    return PreparedDataset(path, split, size, **wanted)
+
+
 # --- One interface for all sources -----------------------------------------------------------
 
 
-def create_dataset(
-    dataset_type: str, split: str, size: int | None, resolution: int = 64, max_objects: int = 6, min_objects: int = 2,
-    seed: int = 0, data_dir: str | os.PathLike = 'data', variant: str = VARIANTS[0],
-    mask_dir: str | os.PathLike | None = None,
-) -> Dataset:  # fmt: skip
-    """Creates one split ('train', 'val' or 'test') of a source with at most `size` images (None: all).
+@dataclass(frozen=True)
+class Source:
+    """A source of images: all that the three scripts know about it."""
 
-    The other arguments are those of create_dataloader(). A published data set that is in `data_dir` as it was
-    published is prepared first. The `fingerprint` of the result changes if the source does. Raises DataError.
+    resolution: int  # default side of its images in pixels
+    num_slots: int  # slots that its images need: one per object and one for the background
+    flags: tuple[str, ...]  # the data flags that it uses besides --dataset and --resolution
+    # create(split, size, resolution, **values of the flags): a Dataset with __len__, __getitems__(indices) -> a batch,
+    # see to_batch(), and `fingerprint`, such as an ImagesInMemory. Raises DataError for a split that it does not have.
+    create: Callable[..., Dataset]
+
+
+PUBLISHED_FLAGS = ('data_dir', 'max_objects')
+SOURCES = {
+    'shapes': Source(64, 7, ('max_objects', 'min_objects', 'data_seed'), ShapesDataset),
+    'clevr6': Source(128, 7, PUBLISHED_FLAGS, partial(open_prepared, 'clevr6')),
+    'multi_dsprites': Source(64, 6, (*PUBLISHED_FLAGS, 'variant'), partial(open_prepared, 'multi_dsprites')),
+    'tetrominoes': Source(35, 4, PUBLISHED_FLAGS, partial(open_prepared, 'tetrominoes')),
+    'objects_room': Source(64, 7, PUBLISHED_FLAGS, partial(open_prepared, 'objects_room')),
+    'images': Source(128, 7, ('data_dir', 'masks'), PictureFolder),
+}
+DATASETS = tuple(SOURCES)
+DATA_FLAGS = tuple(dict.fromkeys(name for source in SOURCES.values() for name in source.flags))
+
+
+def create_dataset(
+    dataset_type: str, split: str, size: int | None = None, resolution: int | None = None, **options: object
+) -> Dataset:
+    """Creates one split ('train', 'val', 'test', or 'all') of a source with at most `size` images (None: all).
+
+    `resolution` None is the default of the source. The options are those of create_dataloader(); a source ignores
+    those of other sources. A published data set that is in `data_dir` as it was published is prepared first. The
+    `fingerprint` of the result changes if the source does. Raises DataError.
     """
-    data_dir = Path(data_dir)
-    require(split in SPLITS, f'split must be one of {", ".join(SPLITS)}, not {split!r}')
-    require(dataset_type in DATASETS, f'dataset_type must be one of {", ".join(DATASETS)}, not {dataset_type!r}')
-    require(mask_dir is None or dataset_type == 'images', f"mask_dir is for 'images' only, not {dataset_type!r}")
-    if dataset_type == 'shapes':
-        return ShapesDataset(split, SHAPES_SIZE if size is None else size, resolution, max_objects, min_objects, seed)
-    if dataset_type == 'images':
-        return PictureFolder(data_dir, split, size, resolution, mask_dir)
-    path = data_dir
-    if path.suffix != '.h5':
-        path = prepared_path(dataset_type, data_dir, resolution, max_objects, variant, limit=None)
-        if not path.exists():
-            prepare(dataset_type, data_dir, resolution, max_objects, variant, fetch=False)
-    dataset = PreparedDataset(path, split, size)
-    wanted = dict(dataset=dataset_type, variant=variant, resolution=resolution, max_objects=max_objects)
-    for name, value in wanted.items():
-        found = getattr(dataset, name)
-        require(found in (value, None), f'{path} was prepared with {name} {found}, not {value}; use --{name} {found}')
-    return dataset
+    require(split in (*SPLITS, 'all'), f'split must be one of {", ".join(SPLITS)} or all, not {split!r}')
+    require(dataset_type in SOURCES, f'dataset_type must be one of {", ".join(SOURCES)}, not {dataset_type!r}')
+    for name in options:
+        require(name in DATA_FLAGS, f'{name} is not an option of a data set; these are: {", ".join(DATA_FLAGS)}')
+    source = SOURCES[dataset_type]
+    used = {name: value for name, value in options.items() if name in source.flags}
+    try:
+        return source.create(split, size, resolution or source.resolution, **used)
+    except MemoryError as error:
+        raise DataError(
+            f'the {split} images of {dataset_type} do not fit in memory; use fewer images or a smaller --resolution'
+        ) from error
 
 
 def wrap_in_loader(
@@ -909,34 +985,33 @@ def wrap_in_loader(
 
 def create_dataloader(
     dataset_type: str = 'shapes', batch_size: int = 32, resolution: int = 64, max_objects: int = 6,
-    min_objects: int = 2, train_size: int | None = None, val_size: int = 320, seed: int = 0, data_seed: int = 0,
-    num_workers: int = 0, pin_memory: bool = False, data_dir: str | os.PathLike = 'data', variant: str = VARIANTS[0],
-    rank: int = 0, world_size: int = 1, mask_dir: str | os.PathLike | None = None,
+    min_objects: int = 2, train_size: int | None = None, val_size: int | None = 320, seed: int = 0,
+    num_workers: int = 0, pin_memory: bool = False, rank: int = 0, world_size: int = 1, **options: object,
 ) -> tuple[DataLoader, DataLoader]:  # fmt: skip
     """Creates the loaders of the training and the validation split: (train_loader, val_loader).
 
     Args:
         dataset_type: one of DATASETS
-        batch_size: images per batch, summed over all processes
+        batch_size: images per batch, of all processes together
         resolution: side of the square images in pixels
         max_objects: largest number of objects in an image; not for 'images'
         min_objects: smallest number of objects in an image; for 'shapes' only
         train_size, val_size: largest number of images in each split (None: 10,000 for 'shapes', else all)
         seed: determines the order of the training images (see wrap_in_loader)
-        data_seed: determines which shapes are drawn
         num_workers, pin_memory: as in torch.utils.data.DataLoader
+        rank, world_size: index of this process and number of processes (see wrap_in_loader)
+        data_seed: determines which shapes are drawn
         data_dir: folder of a published data set or of pictures, or a file written by prepare()
         variant: of 'multi_dsprites', one of VARIANTS
-        rank, world_size: index of this process and number of processes (see wrap_in_loader)
-        mask_dir: folder of the masks of 'images', if they are not where PictureFolder finds them
+        masks: pattern of the masks of 'images', see PictureFolder
 
     Raises DataError (a ValueError) for arguments that yield no images.
     """
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(batch_size % world_size == 0, f'batch_size ({batch_size}) must be a multiple of the {world_size} processes')
-    options = (resolution, max_objects, min_objects, data_seed, data_dir, variant, mask_dir)
-    train = create_dataset(dataset_type, 'train', train_size, *options)
-    val = create_dataset(dataset_type, 'val', val_size, *options)
+    options |= dict(resolution=resolution, max_objects=max_objects, min_objects=min_objects)
+    train = create_dataset(dataset_type, 'train', train_size, **options)
+    val = create_dataset(dataset_type, 'val', val_size, **options)
     reason = f'batch_size ({batch_size}) must not exceed the {len(train)} training images; use a smaller --batch_size'
     require(batch_size <= len(train), reason)
     return (
@@ -947,149 +1022,196 @@ def create_dataloader(
 
 # --- Command line ----------------------------------------------------------------------------
 
-# The flags that each source uses, besides --dataset and --resolution.
-SOURCE_FLAGS = dict.fromkeys(PUBLISHED, ('data_dir', 'max_objects')) | {
-    'shapes': ('max_objects', 'min_objects', 'data_seed'),
-    'multi_dsprites': ('data_dir', 'max_objects', 'variant'),
-    'images': ('data_dir', 'mask_dir'),
-}
+
+def plain_output() -> None:
+    """Lets print() escape characters that the terminal's encoding does not have, instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default in force to the help of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, '', argparse.SUPPRESS) and action.default is not False
+        return action.help + (' (default: %(default)s)' if shown else '')
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of the three scripts: errors of one line, checked ranges, help with the defaults in force."""
+
+    def __init__(self, script: str, description: str):
+        super().__init__(
+            prog=script, usage=f'python {script} [flags]', description=description, allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )  # fmt: skip
+        self.group = self  # receives the next flag
+
+    def error(self, message: str):
+        message = re.sub(r'^argument (--\w+): must', r'\1 must', message)
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+    def section(self, title: str) -> None:
+        """Starts a group: the flags that follow are listed under `title` in the help."""
+        self.group = self.add_argument_group(title)
+
+    def flag(
+        self, name: str, type: type, default: object, help: str, low: float | None = None, high: float | None = None,
+        choices: Sequence[str] | None = None, **options: object,
+    ) -> None:  # fmt: skip
+        """Adds --NAME of type int, float, str, Path or bool (a switch).
+
+        A number must be from `low` to `high`; the defaults are those of an int64. `~` at the start of a Path is the
+        home folder. `options` are those of argparse.ArgumentParser.add_argument().
+        """
+        if None not in (low, high):
+            help += f', {low} to {high}'
+        if type is bool:
+            self.group.add_argument(f'--{name}', action='store_true', default=default, help=help, **options)
+            return
+        low, high = -(2**63) if low is None else low, 2**63 - 1 if high is None else high
+
+        def convert(text: str):
+            value = type(os.path.expanduser(text) if type is Path else text)
+            if type in (int, float) and not low <= value <= high:
+                raise argparse.ArgumentTypeError(f'must be at least {low} and at most {high}, not {text}')
+            return value
+
+        convert.__name__ = type.__name__  # argparse names the type if `text` is not a number
+        options.setdefault('metavar', None if choices else {int: 'N', float: 'X', Path: 'PATH'}.get(type, 'TEXT'))
+        self.group.add_argument(f'--{name}', type=convert, default=default, help=help, choices=choices, **options)
+
+    def given(self, argv: Sequence[str] | None = None) -> dict[str, object]:
+        """Returns the flags that stand on the command line, by name, without the defaults. Ignores --help."""
+        argv = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ('-h', '--help')]
+        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
+        return {name: value for name, value in vars(self.parse_known_args(argv, unset)[0]).items() if value is not None}
+
+    def refuse(self, given: Iterable[str], names: Iterable[str], reason: str) -> None:
+        """Ends the program if one of `names` is in `given`; `reason` completes '--NAME has no effect'."""
+        for name in names:
+            if name in given:
+                self.error(f'--{name} has no effect {reason}; leave it out')
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Adds the flags that describe the data, in a section of their own."""
+    parser.section('data')
+    parser.flag('dataset', str, 'shapes', 'source of the images: shapes are drawn, images are pictures of your own',
+                choices=DATASETS)  # fmt: skip
+    parser.flag('data_dir', Path, Path('data'), 'folder of the pictures (images) or of the published or prepared '
+                'file; or a prepared .h5 file; not for shapes')  # fmt: skip
+    parser.flag('masks', str, None, "images: file of the mask, relative to the folder of its picture, such as "
+                "'../Annotations/{name}.png' (default: '{name}_mask.png' or '../masks/{name}.png')",
+                metavar='PATTERN')  # fmt: skip
+    parser.flag('variant', str, VARIANTS[0], 'multi_dsprites: the file to use', choices=VARIANTS)
+    parser.flag('resolution', int, 64, 'side of the square images in pixels', *RESOLUTIONS)
+    parser.flag('max_objects', int, 6, 'largest number of objects in an image, for shapes at most 16; published '
+                'scenes with more are left out; not for images', 1)  # fmt: skip
+    parser.flag('min_objects', int, 2, 'shapes: smallest number of objects in an image', 1)
+    parser.flag('data_seed', int, 0, 'shapes: seed of the drawing', 0)
+
+
+def data_options(args: argparse.Namespace) -> dict[str, object]:
+    """Returns the arguments of create_dataset() that describe the data, as str, int and None only.
+
+    `args` may be the flags that a run has saved: flags that the source does not use may be missing or unknown.
+    """
+    used = {name: value for name, value in vars(args).items() if name in ('resolution', *SOURCES[args.dataset].flags)}
+    return {'dataset_type': args.dataset} | {n: str(v) if isinstance(v, Path) else v for n, v in used.items()}
+
+
+def check_data_flags(parser: Parser, args: argparse.Namespace, given: Iterable[str]) -> None:
+    """Refuses the flags of other sources than args.dataset."""
+    unused = [name for name in DATA_FLAGS if name not in SOURCES[args.dataset].flags]
+    parser.refuse(given, unused, f'with --dataset {args.dataset}')
 
 
 def sample_sheet(dataset: Dataset, columns: int = 8, rows: int = 4, scale: int = 2) -> Image.Image:
     """Draws images and, below each row, their masks in colours; a pixel becomes scale x scale pixels."""
+    from torchvision.utils import make_grid  # importing takes seconds
+
     columns = min(columns, len(dataset))
     rows = min(rows, len(dataset) // columns)
     batch = dataset.__getitems__(list(range(rows * columns)))
-    drawn = [batch['image'].permute(0, 2, 3, 1) / 2 + 0.5]  # (rows * columns, H, W, 3)
+    drawn = [batch['image'] / 2 + 0.5]  # (rows * columns, 3, H, W)
     if 'mask' in batch:
         # Hues differ by the golden angle, so that adjacent labels have different colours.
         colours = torch.tensor([colorsys.hsv_to_rgb(label * 0.618 % 1, 0.65, 0.95) for label in range(256)])
         colours[0], colours[IGNORE] = 0.15, 1  # dark grey, white
-        drawn.append(colours[batch['mask']])
-    sheet = F.pad(torch.stack(drawn), (0, 0, 0, 2, 0, 2), value=1)  # a white line between neighbours
-    sheet = sheet.unflatten(1, (rows, columns)).permute(1, 0, 3, 2, 4, 5)  # (rows, 1 or 2, H, columns, W, 3)
-    sheet = (sheet.flatten(0, 2).flatten(1, 2) * 255).round().byte().numpy()  # (height, width, 3)
-    return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: error: {message}\n')
+        drawn.append(colours[batch['mask']].permute(0, 3, 1, 2))
+    tiles = torch.stack([images.unflatten(0, (rows, columns)) for images in drawn], 1)  # (rows, 1 or 2, columns, ...)
+    sheet = make_grid(tiles.flatten(0, 2), nrow=columns, pad_value=1).permute(1, 2, 0)  # (height, width, 3)
+    image = Image.fromarray((sheet * 255).round().byte().numpy())
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
 
 
 def create_parser() -> Parser:
     parser = Parser(
-        prog='dataset.py',
-        description='Draw a sheet of sample images with their masks, count the objects and measure the loading speed; '
-        'or, with --prepare, convert a published data set to the file that train.py reads.',
-        usage='python dataset.py [flags]',
-    )
-
-    def add(flag, help, default=None, **options):
-        shown = '' if default is None else f' (default: {default})'
-        group.add_argument(flag, help=help + shown, default=default, **options)
-
-    # fmt: off
-    low, high = RESOLUTIONS
-    sizes = ', '.join(f'{name} {size}' for name, (size, _) in SIZES.items())
-    masked = 'NAME_mask.png beside NAME.jpg, or masks/NAME.png for images/NAME.jpg'
-    group = parser.add_argument_group('data')
-    add('--dataset', 'source of the images; shapes are drawn, images are pictures of your own', 'shapes',
-        choices=DATASETS)
-    add('--data_dir', 'folder of the pictures (images), or of the published or prepared file '
-        f'({", ".join(PUBLISHED)}); may also name a prepared .h5 file', Path('data'), type=Path)
-    add('--mask_dir', f'images: folder of the masks, with the names of the pictures (default: {masked})', type=Path)
-    add('--variant', 'multi_dsprites: which of its three files', VARIANTS[0], choices=VARIANTS)
-    add('--resolution', f'side of the square images in pixels, {low} to {high} (default: {sizes})', type=int)
-    add('--max_objects', 'largest number of objects in an image, 1 to 16 for shapes; published scenes with more are '
-        'left out; not for images', 6, type=int)
-    add('--min_objects', 'shapes: smallest number of objects in an image, 1 to 16', 2, type=int)
-    add('--data_seed', 'shapes: seed of the drawing, 0 or larger', 0, type=int)
-    group = parser.add_argument_group('sample sheet')
-    add('--num_images', 'number of images to load and count, at least 32', 1000, type=int)
-    add('--output', f'file of the sheet: {", ".join(PICTURES)}', Path('samples.png'), type=Path)
-    group = parser.add_argument_group('preparing')
-    add('--prepare', 'convert this data set to one .h5 file; downloads the published file if --data_dir has none',
-        choices=tuple(PUBLISHED))
-    add('--output_dir', 'folder of the .h5 file; then train with this folder as --data_dir (default: --data_dir)',
-        type=Path)
-    add('--url', 'address to download the published file from')
-    add('--limit', 'stop after this many scenes and add the number to the name of the file. Training needs scenes of '
-        'all splits: the first 70 %% of the source are train, the next 15 %% val, the rest test', type=int)
-    # fmt: on
+        'dataset.py', 'Draw a sheet of sample images with their masks and count the objects; '
+        'or, with --prepare, convert a published data set to the file that train.py reads.'
+    )  # fmt: skip
+    add_data_flags(parser)
+    parser.section('sample sheet')
+    parser.flag('num_images', int, 1000, 'number of images to load and count', 1)
+    parser.flag('output', Path, Path('samples.png'), 'file of the sheet, a .png')
+    parser.section('preparing')
+    parser.flag('prepare', str, None, 'convert this data set to one .h5 file; downloads the published file if '
+                '--data_dir has none', choices=tuple(PUBLISHED))  # fmt: skip
+    parser.flag('output_dir', Path, None, 'folder of the .h5 file; then train with this folder as --data_dir '
+                '(default: --data_dir)')  # fmt: skip
+    parser.flag('url', str, None, 'address to download the published file from', metavar='URL')
+    parser.flag('limit', int, None, 'stop after this many scenes and add the number to the name of the file. Training '
+                'needs scenes of all splits: the first 70 %% of the source are train, the next 15 %% val, the rest '
+                'test', 1)  # fmt: skip
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
+    given = parser.given(argv)
+    source = given.get('prepare', given.get('dataset', 'shapes'))
+    parser.set_defaults(dataset=source, resolution=SOURCES[source].resolution)
     args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
-    preparing = {'prepare', 'output_dir', 'url', 'limit'}
-    mode, used = ('prepare', preparing) if args.prepare else ('dataset', {'dataset', 'num_images', 'output'})
-    source = args.prepare or args.dataset
-    for name in sorted(given - used - {'resolution', *SOURCE_FLAGS[source]}):
-        reason = 'is for --prepare only' if name in preparing else f'has no effect with --{mode} {source}'
-        parser.error(f'--{name} {reason}')
-    low, high = RESOLUTIONS
-    if args.resolution is None:
-        args.resolution = SIZES[source][0]
-    if not low <= args.resolution <= high:
-        parser.error(f'--resolution must be from {low} to {high}, not {args.resolution}')
-    if args.num_images < 32:
-        parser.error(f'--num_images must be at least 32, not {args.num_images}')
-    if args.limit is not None and args.limit < 1:
-        parser.error(f'--limit must be at least 1, not {args.limit}')
+    if args.prepare:
+        parser.refuse(given, ('dataset', 'num_images', 'output'), f'with --prepare {source}')
+    else:
+        parser.refuse(given, ('output_dir', 'url', 'limit'), 'without --prepare')
+    check_data_flags(parser, args, given)
     return args
 
 
 def preview(args: argparse.Namespace) -> None:
-    """Draws the sheet of samples, counts the objects and measures images/s."""
-    savable = args.output.suffix.lower() in PICTURES and args.output.parent.is_dir()
-    require(savable, f'--output {args.output} must lie in an existing folder and end in {", ".join(PICTURES)}')
+    """Draws the sheet of samples, and counts objects and images/s."""
+    savable = args.output.suffix.lower() == '.png' and args.output.parent.is_dir()
+    require(savable, f'--output {args.output} must be a .png file in an existing folder')
     start = time.perf_counter()
-    dataset = create_dataset(
-        args.dataset, 'train', args.num_images, args.resolution, args.max_objects, args.min_objects, args.data_seed,
-        args.data_dir, args.variant, args.mask_dir,
-    )  # fmt: skip
-    drawing = time.perf_counter() - start
-    start = time.perf_counter()
-    batches = list(wrap_in_loader(dataset, min(32, len(dataset)), shuffle=False))
-    loading = time.perf_counter() - start
-    masks = [mask for batch in batches for mask in batch.get('mask', ()) if (mask != IGNORE).any()]
-    if masks:
-        counts = Counter(len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks)
+    dataset = create_dataset(split='train', size=args.num_images, **data_options(args))
+    seconds = time.perf_counter() - start
+    batches = wrap_in_loader(dataset, min(32, len(dataset)), shuffle=False)
+    masks = (mask for batch in batches for mask in batch.get('mask', ()) if (mask != IGNORE).any())
+    counts = Counter(len(set(mask.unique().tolist()) - {0, IGNORE}) for mask in masks)
+    if counts:
         print('objects  images')
-        for number, images in sorted(counts.items()):
-            print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / len(masks))}')
+    for number, images in sorted(counts.items()):
+        print(f'{number:7d}  {images:6d}  {"#" * round(60 * images / counts.total())}')
     print(dataset)
-    verb = 'drawing' if args.dataset == 'shapes' else 'reading'
-    print(f'{verb} {len(dataset) / drawing:,.0f} images/s, loading {len(dataset) / loading:,.0f} images/s')
-    sample_sheet(dataset).save(args.output)
-    print(f'samples{" and masks" if masks else ""}: {args.output}')
+    print(f'{"drawing" if args.dataset == "shapes" else "reading"} {len(dataset) / seconds:,.0f} images/s')
+    metadata = PngInfo()
+    metadata.add_text('Software', CREATOR)
+    sample_sheet(dataset).save(args.output, pnginfo=metadata)
+    print(f'samples{" and masks" if counts else ""}: {args.output}')
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns the exit status: 2 after a user's mistake and 130 after Ctrl-C, with one line on stderr."""
+    names = ('data_dir', 'resolution', 'max_objects', 'variant', 'limit', 'url', 'output_dir')
     try:
-        if not args.prepare:
+        if args.prepare:
+            prepare(args.prepare, **{name: getattr(args, name) for name in names})
+        else:
             preview(args)
-            return 0
-        start = time.perf_counter()
-        path = prepare(
-            args.prepare, args.data_dir, args.resolution, args.max_objects, args.variant, args.limit, args.url,
-            output_dir=args.output_dir,
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        with h5py.File(path) as file:
-            splits, read = np.bincount(file['split'][:], minlength=3), int(file.attrs['scenes_read'])
-        megabytes = path.stat().st_size / 1e6
-        print(f'{path}: {", ".join(f"{n} {split}" for n, split in zip(splits, SPLITS, strict=True))} images')
-        print(f'{splits.sum()} of {read} scenes kept, {megabytes:,.1f} MB, {read / seconds:.0f} scenes/s')
-        if args.limit:
-            print(f'to use this file instead of that of all scenes: --data_dir {quote(str(path))}')
     except (DataError, OSError) as error:
         print(f'dataset.py: error: {error}', file=sys.stderr)
         return 2
@@ -1101,4 +1223,5 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    plain_output()
     sys.exit(main(parse_args()))
