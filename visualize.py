@@ -1,34 +1,36 @@
-"""Draws what the slots of a model represent: figure functions, and a script that renders a checkpoint.
+"""Draws the slots of a model: figure functions, and a script that renders a checkpoint.
 
-    python visualize.py                                    # the newest checkpoint under logs/
+    python visualize.py                                    # the checkpoint with the most steps under logs/
     python visualize.py --checkpoint logs/checkpoints/best_model.pth --num_images 4
     python visualize.py --search                           # slots refined by gradient descent
     python visualize.py --image a.jpg b.png                # your own pictures, and their segmentations
     python visualize.py --edit                             # remove, copy, swap and interpolate objects
     python visualize.py --gif                              # attention, iteration by iteration
-    python visualize.py --gif --checkpoint logs/checkpoints    # the slots at each saved training step
+    python visualize.py --gif --checkpoint logs            # the slots at each saved training step
     python visualize.py --frames folder                    # a GIF of a sequence of pictures
     python visualize.py --sweep                            # scores for each number of slots and iterations
-    python visualize.py --training                         # loss, FG-ARI and learning rate of all runs
+    python visualize.py --training                         # FG-ARI of all runs over the minutes of training
 
     from visualize import visualize_slots
     fig = visualize_slots(images, recons, masks, save_path='results.png')
 
-Figure functions take tensors (images in [-1, 1], shapes as in slot_attention.py) and return a matplotlib
-Figure, which is saved if `save_path` is given (.png, .svg or .pdf). A slot has the same number and colour in
-every panel. The background's slot, the largest, is grey and drawn last; slots that win less than 0.2 % of the
-image are left out or dimmed. The figures are transparent, with grey text that is readable on light and dark pages.
+Figure functions take tensors (images in [-1, 1], shapes as in slot_attention.py) and return a matplotlib Figure,
+which is saved if `save_path` is given (.png, .svg or .pdf). It does not depend on the user's matplotlib settings. A
+slot has the same number and colour in every panel. The background's slot, the largest, is grey and drawn last; slots
+that win less than 0.2 % of the image are left out or dimmed. Figures are transparent, with grey text that is readable
+on light and dark pages.
 """
 
 import argparse
-import csv
+import io
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import count, cycle, product
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,26 +42,34 @@ if __name__ == '__main__':  # before the other imports, which take seconds
 
     signal.signal(signal.SIGINT, exit_on_interrupt)
 
+if 'matplotlib' not in sys.modules and (backend := os.environ.pop('MPLBACKEND', None)):
+    # Its import fails if this names a backend that is not installed, as in `!python visualize.py` in a notebook.
+    import matplotlib
+
+    os.environ['MPLBACKEND'] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams['backend'] = backend
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
+from PIL.PngImagePlugin import PngInfo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from dataset import (  # isort: skip
-    PICTURES, SOURCE_FLAGS, DataError, Parser, create_dataset, find_pictures, natural_key, open_picture,
-    read_picture, to_batch,
+    DATA_FLAGS, IGNORE, PICTURES, SOURCES, DataError, Parser, create_dataset, crop_box, find_pictures, natural_key,
+    open_picture, plain_output, read_picture, to_batch,
 )  # fmt: skip
 from slot_attention import (  # isort: skip
-    IGNORE_LABEL, PRETRAINED, CheckpointError, SlotAttentionAutoEncoder, adjusted_rand_index, build_model, damaged,
-    fg_ari, load_checkpoint, refine, segmentation,
+    PRETRAINED, CheckpointError, SlotAttentionAutoEncoder, adjusted_rand_index, build_model, damaged, fg_ari,
+    find_checkpoint, load_checkpoint, newest_checkpoint, refine, segmentation,
 )  # fmt: skip
 
 SavePath = str | os.PathLike | None
@@ -78,10 +88,8 @@ MAX_ROWS = 10  # iterations in a figure of the attention
 PANEL_PIXELS = 128  # approximate side of a panel in the saved file
 FORMATS = ('png', 'svg', 'pdf')
 CREATOR = 'Slot Attention visualize.py'  # in the metadata of the figures
-CURVES = {
-    'train/loss': 'training loss', 'val/fg_ari': 'validation FG-ARI', 'val/mse': 'validation MSE',
-    'train/lr': 'learning rate',
-}  # fmt: skip
+CURVES = {'val/fg_ari': 'FG-ARI', 'val/mse': 'MSE', 'train/loss': 'training loss'}  # the first that a run has is drawn
+LINES = [dict(marker=m, linestyle=l, color=c) for m, l, c in product('.x^sv+D*', ('-', '--', ':', '-.'), PALETTE)]
 EDITS = {
     'remove': 'the largest object is removed',
     'copy': 'the largest object of the next image is added',
@@ -91,6 +99,18 @@ EDITS = {
 
 
 # --- Figures ---------------------------------------------------------------------------------
+
+styled = style.context(['default', STYLE])  # a decorator: matplotlib's defaults and STYLE, not the user's settings
+
+
+class Drawing(Figure):
+    """A Figure that is drawn and saved in STYLE, and that a notebook shows."""
+
+    draw, savefig = styled(Figure.draw), styled(Figure.savefig)
+
+    def _repr_png_(self) -> bytes:
+        self.savefig(buffer := io.BytesIO())
+        return buffer.getvalue()
 
 
 def visualize_slots(
@@ -115,8 +135,7 @@ def visualize_slots(
     for image, recon, mask, rgb in zip(images, recons, masks, rgbs, strict=True):
         titles = ('', '', '', '') if rows else ('input', 'reconstruction', 'error', 'segmentation')
         pixels = (_pixels(image), _pixels(recon), _error(image, recon), _overlay(image, mask))
-        slots = [panel for panel in _slot_panels(_alone(rgb, mask), mask) if empty_slots or not panel.dim]
-        rows.append([*map(Panel, pixels, titles), *slots])
+        rows.append([*map(Panel, pixels, titles), *_slot_panels(_alone(rgb, mask), mask, empty_slots=empty_slots)])
     if labels is not None:
         scores = fg_ari(labels.cpu(), masks.detach().cpu())  # NaN for images without labelled objects
         notes = ['' if score.isnan() else f'FG-ARI\n{score:.2f}' for score in scores]
@@ -171,11 +190,12 @@ def visualize_slot_decomposition(
     _check(4, masks=masks)
     rgbs = recon.expand(len(masks), -1, -1, -1) if rgbs is None else rgbs[0] if rgbs.ndim == 5 else rgbs
     alone, alpha, colours = _alone(rgbs, masks), _channels_last(masks), slot_colours(masks)
-    sums = 1 + np.cumsum(alone[slot_order(masks)] - 1, axis=0)  # [K, H, W, 3], on white, in drawing order
+    order, sums = slot_order(masks), np.empty_like(alone)
+    sums[order] = 1 + np.cumsum(alone[order] - 1, axis=0)  # on white, in drawing order
     rows = [
         [Panel(_pixels(image), 'input'), *_slot_panels(1 - alpha * (1 - colours[:, None, None]), masks)],
         [Panel(_pixels(recon), 'reconstruction'), *_slot_panels(alone, masks, named=False)],
-        [Panel(_error(image, recon), 'error'), *map(Panel, sums.clip(0, 1))],
+        [Panel(_error(image, recon), 'error'), *_slot_panels(sums.clip(0, 1), masks, named=False)],
     ]
     if labels is not None:
         score = fg_ari(labels.reshape(-1, *labels.shape[-2:])[:1].cpu(), masks[None].detach().cpu()).item()
@@ -183,70 +203,70 @@ def visualize_slot_decomposition(
     return _sheet(rows, ['masks', 'slots\nalone', 'running\nsum'], title, save_path)
 
 
-@rc_context(STYLE)
+@styled
 def visualize_training(log_dirs: Iterable[str | os.PathLike], save_path: SavePath = None) -> Figure:
-    """Loss, FG-ARI and learning rate of several runs, against steps and minutes since the first point.
+    """Validation FG-ARI of several runs over the minutes of training, without pauses (see read_curve).
 
-    If no run has an FG-ARI, as without masks, the validation MSE takes its place. What no run has is left out.
+    If no run has an FG-ARI, as without masks, the validation MSE takes its place, or else the training loss.
 
-    log_dirs  folders of TensorBoard files, one per run; those without curves are left out
+    log_dirs  folders of TensorBoard files, one per run
 
     Raises ValueError if no folder has curves.
     """
-    runs = {}
-    for folder in log_dirs:
-        events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
-        tags = [tag for tag in CURVES if tag in events.Tags()['scalars']]
-        if curves := {tag: points for tag in tags if (points := events.Scalars(tag))}:  # none after an earlier restart
-            runs[str(folder).replace('$', r'\$')] = curves  # a name is no formula
-    if not runs:
-        raise ValueError(f'no training curves in {", ".join(map(str, log_dirs))}')
-    recorded = set().union(*runs.values())  # tags
-    shown = [tag for tag in CURVES if tag in recorded and not (tag == 'val/mse' and 'val/fg_ari' in recorded)]
-    columns = max(1, int(12 / (0.8 + 0.08 * max(map(len, runs)))))  # of the legend, which is below the plots
-    fig = Figure(figsize=(12, 6.1 + 0.19 * -(-len(runs) // columns)), layout='constrained')
-    axes = fig.subplots(2, len(shown), sharex='row', squeeze=False)
-    styles = cycle([dict(color=colour, linestyle=line) for line in ('-', '--', ':', '-.') for colour in PALETTE])
-    for (name, curves), style in zip(runs.items(), styles, strict=False):
-        start = min(points[0].wall_time for points in curves.values())
-        for column, tag in enumerate(shown):
-            points = curves.get(tag, [])
-            steps, minutes = [p.step for p in points], [(p.wall_time - start) / 60 for p in points]
-            for ax, x in zip(axes[:, column], (steps, minutes), strict=True):
-                marker = '.' if tag.startswith('val/') or len(points) == 1 else ''
-                ax.plot(x, [p.value for p in points], label=name, marker=marker, **style)
-    for (row, column), ax in np.ndenumerate(axes):
-        tag = shown[column]
-        scale = 'log' if tag in ('train/loss', 'val/mse') else 'linear'
-        ax.set(xlabel=('steps', 'minutes')[row], ylabel=CURVES[tag], yscale=scale)
-        ax.tick_params(colors=TEXT, which='both')
-        ax.grid(color=TEXT, alpha=0.2)
-    fig.legend(handles=axes[0, 0].lines, loc='outside lower center', ncols=columns, frameon=False, fontsize=9)
+    runs = {folder: EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload() for folder in log_dirs}
+    tags = {tag for run in runs.values() for tag in run.Tags()['scalars'] if run.Scalars(tag)}  # none after a restart
+    shown = next((tag for tag in CURVES if tag in tags), None)
+    if shown is None:
+        raise ValueError(f'no training curves in {", ".join(map(str, runs))}')
+    fig = Drawing(figsize=(8, 4.2 + 0.2 * len(runs)), layout='constrained')
+    ax = fig.add_subplot()
+    for line, (folder, run) in zip(cycle(LINES), runs.items(), strict=False):
+        minutes, values = read_curve(run, shown)
+        end = f'{values[-1]:#.3g} after {minutes[-1]:.1f} minutes' if values else f'no {CURVES[shown]} yet'
+        ax.plot(minutes, values, label=_printable(f'{folder}: {end}').replace('$', r'\$'), **line)
+    ax.set(xlabel='minutes', ylabel=CURVES[shown], yscale='linear' if shown == 'val/fg_ari' else 'log')
+    ax.tick_params(colors=TEXT, which='both')
+    ax.grid(color=TEXT, alpha=0.2)
+    fig.legend(loc='outside lower left', frameon=False, fontsize=9)
     return _saved(fig, save_path)
 
 
-@rc_context(STYLE)
+def read_curve(run: EventAccumulator, tag: str) -> tuple[list[float], list[float]]:
+    """Minutes since the start of a run, and values of a curve; empty if the run has no such curve.
+
+    A gap between two logged steps of more than a minute and more than 20 times the median gap is a pause, as between
+    a run and its continuation by --resume. It counts as the median gap.
+    """
+    logged = run.Tags()['scalars']
+    points = {name: run.Scalars(name) for name in ('train/loss', tag) if name in logged}
+    if not points.get(tag):
+        return [], []
+    times = {point.step: point.wall_time for curve in points.values() for point in curve}
+    gaps = np.diff([run.FirstEventTimestamp(), *(times[step] for step in sorted(times))])
+    gaps[1:][gaps[1:] > max(60, 20 * np.median(gaps))] = np.median(gaps)
+    minutes = dict(zip(sorted(times), gaps.cumsum() / 60, strict=True))
+    return [minutes[point.step] for point in points[tag]], [point.value for point in points[tag]]
+
+
+@styled
 def visualize_sweep(table: list[dict[str, float]], save_path: SavePath = None) -> Figure:
-    """Heat maps of sweep()'s table: a column for each number of slots, a row for each number of iterations."""
-    scores = [name for name in ('fg_ari', 'mse') if name in table[0]]
+    """Heat map of scores over the number of slots and iterations: of the FG-ARI, or without masks of the MSE.
+
+    table  rows with num_slots, num_iterations, mse and perhaps fg_ari, for each combination
+    """
+    name = 'fg_ari' if 'fg_ari' in table[0] else 'mse'
+    title, cmap, digits = {'fg_ari': ('FG-ARI', 'viridis', 2), 'mse': ('MSE', 'viridis_r', 4)}[name]
     K, T = (sorted({row[name] for row in table}) for name in ('num_slots', 'num_iterations'))
-    fig = Figure(figsize=(len(scores) * (1.6 + 0.62 * len(K)), 1.3 + 0.42 * len(T)), layout='constrained')
-    for ax, name in zip(np.atleast_1d(fig.subplots(1, len(scores))), scores, strict=True):
-        title, cmap, digits = {'fg_ari': ('FG-ARI', 'viridis', 2), 'mse': ('MSE', 'viridis_r', 4)}[name]
-        found = {(row['num_iterations'], row['num_slots']): row[name] for row in table}
-        values = np.array([[found[t, k] for k in K] for t in T])
-        drawn = ax.imshow(values, cmap=cmap, aspect='auto')
-        for (i, j), value in np.ndenumerate(values):
-            colour = 'black' if drawn.cmap(drawn.norm(value))[1] > 0.55 else 'white'
-            ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=9, color=colour)
-        ax.set(title=title, xlabel='slots', ylabel='iterations')
-        ax.set(xticks=range(len(K)), xticklabels=K, yticks=range(len(T)), yticklabels=T)
-        ax.tick_params(colors=TEXT, length=0)
-        ax.spines[:].set_visible(False)
+    found = {(row['num_iterations'], row['num_slots']): row[name] for row in table}
+    fig = Drawing(figsize=(1.6 + 0.62 * len(K), 1.3 + 0.42 * len(T)), layout='constrained')
+    ax = fig.add_subplot(title=title, xlabel='slots', ylabel='iterations', frame_on=False)
+    drawn = ax.imshow([[found[t, k] for k in K] for t in T], cmap=cmap, aspect='auto')
+    for (i, t), (j, k) in product(enumerate(T), enumerate(K)):
+        colour = 'black' if drawn.cmap(drawn.norm(found[t, k]))[1] > 0.55 else 'white'
+        ax.text(j, i, f'{found[t, k]:.{digits}f}', ha='center', va='center', color=colour)
+    ax.set(xticks=range(len(K)), xticklabels=K, yticks=range(len(T)), yticklabels=T)
+    ax.tick_params(colors=TEXT, length=0)
     return _saved(fig, save_path)
-
-
-# --- Animations ------------------------------------------------------------------------------
 
 
 def animate_attention(attn: Tensor, images: Tensor, save_path: str | os.PathLike, index: int = 0) -> None:
@@ -256,13 +276,18 @@ def animate_attention(attn: Tensor, images: Tensor, save_path: str | os.PathLike
 
 
 def save_gif(figures: Iterable[Figure], save_path: str | os.PathLike, milliseconds: int = 600) -> None:
-    """Writes figures of one size as an endless GIF; the last frame is shown three times as long. Raises OSError."""
+    """Writes figures of one size as an endless GIF; the last frame is shown three times as long.
+
+    Raises ValueError for fewer than two figures, and OSError.
+    """
     frames = []
     for fig in figures:
         fig.set_facecolor('white')
         canvas = FigureCanvasAgg(fig)
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())
+    if len(frames) < 2:
+        raise ValueError(f'{save_path} needs at least two frames, not {len(frames)}')
     # One palette for all frames and no dithering: a colour does not flicker, and flat areas compress well. MAXCOVERAGE
     # includes rare colours; one step of k-means then includes frequent ones, such as the grey of the background.
     sample = np.concatenate(frames[:: max(1, len(frames) // 8)] + frames[-1:])
@@ -272,59 +297,14 @@ def save_gif(figures: Iterable[Figure], save_path: str | os.PathLike, millisecon
     frames[0].save(save_path, save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=CREATOR)
 
 
-# --- Operations on slots ---------------------------------------------------------------------
-
-
-def match_slots(masks: Tensor, others: Tensor) -> Tensor:
-    """Matches the slots of two sets of masks: order [B, K] such that others[b, order[b]] resembles masks[b].
-
-    masks, others  [B, K, 1, H, W] or [B, K, H, W]
-
-    Maximises the sum of IoUs (Hungarian algorithm); the IoU of soft masks is the sum of the minima divided by
-    the sum of the maxima. Raises ValueError if the shapes differ.
-    """
-    if masks.shape != others.shape:
-        raise ValueError(f'masks of {list(masks.shape)} cannot be matched with {list(others.shape)}')
-    a, b = (x.detach().float().flatten(2).cpu() for x in (masks, others))  # [B, K, H * W]
-    orders = []
-    for x, y in zip(a, b, strict=True):
-        minima = torch.minimum(x[:, None], y).sum(2)  # [K, K]
-        iou = minima / (x.sum(1)[:, None] + y.sum(1) - minima + 1e-8)
-        orders.append(torch.from_numpy(linear_sum_assignment(iou, maximize=True)[1]))
-    return torch.stack(orders)
-
-
-def reorder_slots(reference: Tensor, masks: Tensor, rgbs: Tensor) -> tuple[Tensor, Tensor]:
-    """masks [B, K, 1, H, W] and rgbs [B, K, 3, H, W] in the order of the slots in `reference`, other masks."""
-    order = match_slots(reference, masks).to(masks.device)[:, :, None, None, None]
-    return masks.take_along_dim(order, 1), rgbs.take_along_dim(order, 1)
-
-
-def remove(slots: Tensor, k: int) -> Tensor:
-    """slots [K, D] without slot k: [K - 1, D]. The other slots fill its pixels when they are decoded."""
-    return torch.cat([slots[:k], slots[k + 1 :]])
-
-
-def paste(slots: Tensor, slot: Tensor) -> Tensor:
-    """slots [K, D] and one more, `slot` [D]: [K + 1, D]."""
-    return torch.cat([slots, slot[None]])
-
-
-def largest_objects(masks: Tensor, number: int = 1) -> list[int]:
-    """Indices of the slots of the largest objects, largest first, without the background: masks [K, 1, H, W]."""
-    return slot_shares(masks).argsort(descending=True)[1 : 1 + number].tolist()
-
-
 @torch.no_grad()
 def visualize_edit(
-    model: SlotAttentionAutoEncoder, slots: Sequence[Tensor], edit: str, save_path: SavePath = None, steps: int = 5,
-    title: str | None = None,
-) -> Figure:  # fmt: skip
+    model: SlotAttentionAutoEncoder, slots: Sequence[Tensor], edit: str, save_path: SavePath = None
+) -> Figure:
     """One row per image: before the edit, the slots that it uses, and after it.
 
     slots  [B, K, D] from model(images), or a list of B tensors [K, D] with different K
     edit   one of EDITS; all but 'remove' take an object from the next image
-    steps  of 'interpolate'
 
     Raises ValueError for an unknown edit, a single slot, or one image where two are needed.
     """
@@ -333,56 +313,32 @@ def visualize_edit(
     if min(map(len, slots)) < 2 or (len(slots) < 2 and edit != 'remove'):
         raise ValueError(f'{edit} needs at least 2 slots and {1 if edit == "remove" else 2} images')
 
-    def decode(slots: Tensor) -> tuple[Tensor, Tensor]:
-        rgbs, masks = model.decode(slots[None])
-        return rgbs[0], masks[0]  # [K, 3, H, W], [K, 1, H, W]
+    def draw(title: str, *parts: Tensor) -> Panel:
+        rgbs, masks = model.decode(torch.cat(parts)[None])
+        return Panel(_pixels((rgbs * masks).sum(1)[0]), title)
 
-    def draw(slots: Tensor, title: str = '') -> Panel:
-        rgbs, masks = decode(slots)
-        return Panel(_pixels((rgbs * masks).sum(0)), title)
-
-    def largest(slots: Tensor, title: str) -> tuple[int, Panel]:
-        rgbs, masks = decode(slots)
-        (k,) = largest_objects(masks)
-        return k, Panel(_alone(rgbs, masks)[k], title)
-
+    scenes = []  # of each image: its slots without the largest object, the object's slot [1, D], and its picture
+    for image in slots:
+        rgbs, masks = model.decode(image[None])
+        k = slot_shares(masks[0]).argsort(descending=True)[1].item()  # the background's slot comes first
+        scenes.append((torch.cat([image[:k], image[k + 1 :]]), image[k : k + 1], _alone(rgbs[0], masks[0])[k]))
     rows = []
-    for i, ours in enumerate(slots):
-        theirs = slots[(i + 1) % len(slots)]
-        (k, mine), (l, next_object) = largest(ours, 'object'), largest(theirs, 'next object')
-        image, next_image = draw(ours, 'image'), draw(theirs, 'next image')
+    for i, (rest, mine, picture) in enumerate(scenes):
+        next_rest, theirs, next_picture = scenes[(i + 1) % len(scenes)]
+        before, next_before = draw('image', rest, mine), draw('next image', next_rest, theirs)
+        alone, next_alone = Panel(picture, 'object'), Panel(next_picture, 'next object')
         if edit == 'remove':
-            row = [image, mine, draw(remove(ours, k), 'edited')]
+            row = [before, alone, draw('edited', rest)]
         elif edit == 'copy':
-            row = [image, next_image, next_object, draw(paste(ours, theirs[l]), 'edited')]
+            row = [before, next_before, next_alone, draw('edited', rest, mine, theirs)]
         elif edit == 'swap':
-            edited, next_edited = paste(remove(ours, k), theirs[l]), paste(remove(theirs, l), ours[k])
-            row = [image, next_image, mine, next_object, draw(edited, 'edited'), draw(next_edited, 'next edited')]
+            edited, next_edited = draw('edited', rest, theirs), draw('next edited', next_rest, mine)
+            row = [before, next_before, alone, next_alone, edited, next_edited]
         else:
-            blends = [torch.lerp(ours[k], theirs[l], weight) for weight in torch.linspace(0, 1, steps).tolist()]
-            row = [image, mine, *(draw(paste(remove(ours, k), blend)) for blend in blends), next_object]
+            blends = [draw(f'{share:.0%}', rest, torch.lerp(mine, theirs, share)) for share in (0, 0.25, 0.5, 0.75, 1)]
+            row = [before, alone, *blends, next_alone]
         rows.append(row)
-    return _sheet(_titles_once(rows), None, title or f'{edit}: {EDITS[edit]}', save_path)
-
-
-@torch.no_grad()
-def sweep(
-    model: SlotAttentionAutoEncoder, batch: dict[str, Tensor], num_slots: Iterable[int],
-    num_iterations: Iterable[int], seed: int = 0,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Mean scores of a batch for each number of slots and iterations.
-
-    Returns a list of rows num_slots, num_iterations, mse and, if the batch has masks, fg_ari.
-    """
-    table = []
-    for K, T in product(num_slots, num_iterations):
-        generator = torch.Generator().manual_seed(seed)
-        recons, masks, *_ = model(batch['image'], num_slots=K, num_iterations=T, generator=generator)
-        row = {'num_slots': K, 'num_iterations': T, 'mse': F.mse_loss(recons, batch['image']).item()}
-        if 'mask' in batch:
-            row['fg_ari'] = fg_ari(batch['mask'], masks).nanmean().item()
-        table.append(row)
-    return table
+    return _sheet(_titles_once(rows), None, f'{edit}: {EDITS[edit]}', save_path)
 
 
 # --- Panels ----------------------------------------------------------------------------------
@@ -407,15 +363,10 @@ def slot_order(masks: Tensor) -> list[int]:
     return [k for k in range(len(masks)) if k != background] + [background]
 
 
-def slot_colours_of(num_slots: int) -> np.ndarray:
-    """Colours [K, 3] in [0, 1]: the palette, repeated in lighter tints."""
-    index = np.arange(num_slots)
-    return 1 - (1 - PALETTE[index % len(PALETTE)]) * 0.6 ** (index // len(PALETTE))[:, None]
-
-
 def slot_colours(masks: Tensor) -> np.ndarray:
-    """Colours [K, 3] in [0, 1] of the slots of masks [K, 1, H, W]: by index, the background's grey."""
-    colours = slot_colours_of(len(masks))
+    """Colours [K, 3] in [0, 1] of the slots of masks [K, 1, H, W]: the palette, then lighter tints; background grey."""
+    index = np.arange(len(masks))
+    colours = 1 - (1 - PALETTE[index % len(PALETTE)]) * 0.6 ** (index // len(PALETTE))[:, None]
     colours[slot_order(masks)[-1]] = BACKGROUND
     return colours
 
@@ -449,14 +400,14 @@ def _alone(rgbs: Tensor, masks: Tensor) -> np.ndarray:
     return 1 - _channels_last(masks) * (1 - _pixels(rgbs))
 
 
-def _slot_panels(pictures: np.ndarray, masks: Tensor, named: bool = True) -> list[Panel]:
+def _slot_panels(pictures: np.ndarray, masks: Tensor, named: bool = True, empty_slots: bool = False) -> list[Panel]:
     """A panel for each slot's picture, of [K, H, W, 3], with its number, share and colour, in drawing order."""
-    shares, colours = slot_shares(masks).tolist(), slot_colours(masks)
-    panels = []
+    shares, colours, panels = slot_shares(masks).tolist(), slot_colours(masks), []
     for k in slot_order(masks):
         empty = shares[k] < EMPTY
         title = f'{k + 1} empty' if empty else f'{k + 1}: {100 * shares[k]:.1f} %'
-        panels.append(Panel(pictures[k], title * named, colours[k], empty))
+        if empty_slots or not empty:
+            panels.append(Panel(pictures[k], title * named, colours[k], empty))
     return panels
 
 
@@ -503,7 +454,7 @@ def _titles_once(rows: list[list[Panel]]) -> list[list[Panel]]:
     return rows[:1] + [[panel._replace(title='') for panel in row] for row in rows[1:]]
 
 
-@rc_context(STYLE)
+@styled
 def _sheet(rows: list[list[Panel]], notes: list[str] | None, title: str | None, save_path: SavePath = None) -> Figure:
     """A grid of panels, each below its title and the colour of its slot, with a note to the left of each row."""
     dpi = STYLE['figure.dpi']
@@ -515,7 +466,7 @@ def _sheet(rows: list[list[Panel]], notes: list[str] | None, title: str | None, 
     natural = left + (panel + gap) * max(map(len, rows))
     width = max(natural, 0.13 * len(title or ''))
     left += (width - natural) / 2
-    fig = Figure(figsize=(width, tops[-1] + 0.04))
+    fig = Drawing(figsize=(width, tops[-1] + 0.04))
     ax = fig.add_axes((0, 0, 1, 1))
     for i, row in enumerate(rows):
         y = tops[i] + strips[i]
@@ -531,15 +482,18 @@ def _sheet(rows: list[list[Panel]], notes: list[str] | None, title: str | None, 
         if notes:
             ax.text(left - 0.1, y + panel / 2, notes[i], ha='right', va='center', fontsize=12)
     if title:
-        # A title may be a file name: no formula, and no character that cannot be drawn.
-        title = ''.join(c if c.isprintable() else '?' for c in title)
+        title = _printable(title)
         ax.text(width / 2, 0.2, title, ha='center', va='center', fontsize=14, weight='bold', parse_math=False)
     ax.set(xlim=(0, width), ylim=(tops[-1] + 0.04, 0), aspect='equal')
     ax.set_axis_off()
     return _saved(fig, save_path)
 
 
-@rc_context(STYLE)
+def _printable(text: str) -> str:
+    """A text without characters that cannot be drawn, which file names may have."""
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
 def _saved(fig: Figure, save_path: SavePath) -> Figure:
     if save_path is not None:
         metadata = {'Creator': CREATOR} if Path(save_path).suffix[1:] in FORMATS else None
@@ -547,44 +501,29 @@ def _saved(fig: Figure, save_path: SavePath) -> Figure:
     return fig
 
 
-# --- Own pictures ----------------------------------------------------------------------------
-
-
-def crop_box(width: int, height: int, dataset_type: str | None) -> tuple[float, float, float, float]:
-    """The square of a picture that dataset.read_picture() keeps: left, top, right and bottom in pixels.
-
-    The centre. Of landscape pictures for a CLEVR model it is the paper's crop, rows 29 to 221 of 240; others are
-    taken to be cropped already.
-    """
-    side, middle = min(width, height), height / 2
-    if dataset_type == 'clevr6' and width > height:
-        side, middle = height * 192 / 240, height * 125 / 240
-    return (width - side) / 2, middle - side / 2, (width + side) / 2, middle + side / 2
-
-
-def save_segmentation(
-    masks: Tensor, save_path: str | os.PathLike, size: tuple[int, int], box: tuple[float, float, float, float]
-) -> None:
+def save_segmentation(masks: Tensor, save_path: str | os.PathLike, size: Sequence[int], box: Sequence[float]) -> None:
     """Writes the strongest slot at each pixel of a picture as a PNG with a palette.
 
     masks  [K, 1, H, W]
     size   width and height of the picture, pixels
-    box    the part of the picture that the masks cover, see crop_box()
+    box    the part of the picture that the masks cover, see dataset.crop_box()
 
-    Values: 0 for the background's slot, the number in the figures for the others, IGNORE_LABEL outside of the box.
+    Values: 0 for the background's slot, the number in the figures for the others, IGNORE outside of the box.
     """
     K, left, top = len(masks), round(box[0]), round(box[1])
-    right, bottom = (start + max(1, round(box[2] - box[0])) for start in (left, top))  # a square
+    right, bottom = (start + round(box[2] - box[0]) for start in (left, top))  # a square
     enlarged = F.interpolate(masks.transpose(0, 1), (bottom - top, right - left), mode='bilinear')  # [1, K, h, w]
     numbers = torch.arange(1, K + 1)
     numbers[slot_order(masks)[-1]] = 0
-    labels = torch.full(size[::-1], IGNORE_LABEL, dtype=torch.uint8)
+    labels = torch.full(size[::-1], IGNORE, dtype=torch.uint8)
     labels[top:bottom, left:right] = numbers[segmentation(enlarged)[0]]
     palette = np.ones((256, 3))
-    palette[: K + 1] = BACKGROUND, *slot_colours_of(K)
+    palette[: K + 1] = BACKGROUND, *slot_colours(masks)
     image = Image.fromarray(labels.numpy())
     image.putpalette((255 * palette).round().astype(np.uint8).tobytes())
-    image.save(save_path)
+    metadata = PngInfo()
+    metadata.add_text('Creator', CREATOR)
+    image.save(save_path, pnginfo=metadata)
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -592,13 +531,12 @@ def save_segmentation(
 
 @dataclass
 class Job:
-    """A model, its data and the paths of its figures."""
+    """A model, its data and the flags of the script."""
 
     model: SlotAttentionAutoEncoder
     data: dict  # arguments of create_dataset()
     step: int  # of the training
     args: argparse.Namespace
-    paths: list[Path] = field(default_factory=list)  # of the figures, see path()
 
     def load_batch(self) -> dict[str, Tensor]:
         """The pictures of --image, or validation images of the data set of the training."""
@@ -607,153 +545,150 @@ class Job:
         try:
             dataset = create_dataset(split='val', size=self.args.num_images, **self.data)
         except (TypeError, ArithmeticError) as error:  # of another version
-            raise CheckpointError(f'the data of the checkpoint, {self.data}, cannot be created: {error}') from error
+            raise CheckpointError(f'the data of the checkpoint, {self.data}, cannot be drawn: {error}') from error
         return dataset.__getitems__(list(range(len(dataset))))
 
     def read_images(self, paths: Iterable[Path]) -> dict[str, Tensor]:
         """Pictures of any size as a batch. Raises DataError."""
-        kind = self.data.get('dataset_type')
+        kind = self.data.get('dataset_type', 'images')
         return to_batch(np.stack([read_picture(path, self.model.config.resolution, kind) for path in paths]))
 
-    def run_model(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-        """recons, masks, rgbs, slots and attn of images [B, 3, H, W].
+    def initial_slots(self, batch_size: int) -> Tensor:
+        """[B, K, D], from the same noise in every call."""
+        num_slots, generator = self.args.num_slots or self.model.config.num_slots, torch.Generator()
+        return self.model.slot_attention.initial_slots(batch_size, num_slots, generator.manual_seed(self.args.seed))
 
-        slots is a list of B tensors [K, D]. With --search, recons, masks, rgbs and slots are those after refine();
-        attn is the network's, and slots holds the present ones only.
-        """
-        args, model = self.args, self.model
-        generator = torch.Generator().manual_seed(args.seed)
-        num_slots = args.num_slots or model.config.num_slots
-        initial = model.slot_attention.initial_slots(len(images), num_slots, generator)
-        slots, attn = model.encode(images, initial, num_iterations=args.num_iterations)
-        if args.search:
-            slots = refine(model, images, slots)
-        rgbs, masks = model.decode(slots)
-        present = [s[mask.amax((1, 2, 3)) > 0] for s, mask in zip(slots, masks, strict=True)]
-        return (rgbs * masks).sum(1), masks, rgbs, present, attn
+    def run_model(self, images: Tensor, initial: Tensor | None = None) -> tuple[Tensor, ...]:
+        """recons, masks, rgbs, slots and attn of images [B, 3, H, W]; with --search all but attn after refine()."""
+        initial = self.initial_slots(len(images)) if initial is None else initial
+        slots, attn = self.model.encode(images, initial, num_iterations=self.args.num_iterations)
+        if self.args.search:
+            slots = refine(self.model, images, slots)
+        rgbs, masks = self.model.decode(slots)
+        return (rgbs * masks).sum(1), masks, rgbs, slots, attn
 
-    def title(self, *parts: str) -> str | None:
-        """The title of a figure, which tells whether the slots were refined."""
-        return ', '.join([*parts, *['refined slots'] * self.args.search]) or None
 
-    def path(self, name: str) -> Path:
-        """Adds a file in the output folder to `paths`; without a suffix it gets that of --format."""
-        self.args.output_dir.mkdir(parents=True, exist_ok=True)
-        self.paths.append(self.args.output_dir / (name if Path(name).suffix else f'{name}.{self.args.format}'))
-        return self.paths[-1]
+def write(args: argparse.Namespace, name: str, draw: Callable, *arguments, **options) -> None:
+    """Calls draw(..., save_path=PATH) with a file in --output_dir, in --format if `name` has no suffix."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / (name if Path(name).suffix else f'{name}.{args.format}')
+    draw(*arguments, save_path=path, **options)
+    print(path)
 
 
 def render_images(job: Job) -> None:
     """Slots, and attention and decomposition of each image; the segmentations of the pictures of --image."""
-    batch = job.load_batch()
-    images, labels = batch['image'], batch.get('mask')
+    args, batch = job.args, job.load_batch()
+    images, labels, title = batch['image'], batch.get('mask'), 'refined slots' if args.search else None
     recons, masks, rgbs, _, attn = job.run_model(images)
-    visualize_slots(images, recons, masks, job.path('slots'), rgbs, labels, job.title())
+    write(args, 'slots', visualize_slots, images, recons, masks, rgbs=rgbs, labels=labels, title=title)
     for i, image in enumerate(images):
-        visualize_attention_evolution(attn, job.path(f'attention_evolution_{i}'), images, i)
-        path, label = job.path(f'decomposition_{i}'), None if labels is None else labels[i]
-        visualize_slot_decomposition(image, recons[i], masks[i], path, rgbs[i], label, job.title())
-    for i, path in enumerate(job.args.image or ()):
-        (width, height), R = open_picture(path).size, images.shape[-1]
-        box = crop_box(width, height, job.data.get('dataset_type'))
-        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_mask.png'), (R, R), (0, 0, R, R))
-        save_segmentation(masks[i], job.path(f'{path.stem}_{i}_full_mask.png'), (width, height), box)
+        options = dict(rgbs=rgbs[i], labels=None if labels is None else labels[i], title=title)
+        write(args, f'attention_evolution_{i}', visualize_attention_evolution, attn, images=images, index=i)
+        write(args, f'decomposition_{i}', visualize_slot_decomposition, image, recons[i], masks[i], **options)
+    for i, path in enumerate(args.image or ()):
+        size = open_picture(path).size
+        box = crop_box(*size, job.data.get('dataset_type', 'images'))
+        write(args, f'{path.stem}_{i}_mask.png', save_segmentation, masks[i], size=size, box=box)
 
 
 def render_edits(job: Job) -> None:
     """One figure per edit, of the images of which the model keeps more than one slot."""
-    all_slots = job.run_model(job.load_batch()['image'])[3]
-    slots = [s for s in all_slots if len(s) > 1]
-    if len(slots) < 2:
+    _, masks, _, slots, _ = job.run_model(job.load_batch()['image'])
+    present = masks.amax((2, 3, 4)) > 0  # [B, K]
+    several = [s[p] for s, p in zip(slots, present, strict=True) if p.sum() > 1]
+    if len(several) < 2:
         raise ValueError('--edit needs two images of which the model keeps two slots; give other images or more slots')
-    if len(slots) < len(all_slots):
-        print(f'left out {len(all_slots) - len(slots)} images of which the model kept one slot: nothing to edit')
+    if len(several) < len(slots):
+        print(f'left out {len(slots) - len(several)} images of which the model kept one slot: nothing to edit')
     for edit in EDITS:
-        title = job.title(f'{edit}: {EDITS[edit]}')
-        visualize_edit(job.model, slots, edit, job.path(f'edit_{edit}'), title=title)
+        write(job.args, f'edit_{edit}', visualize_edit, job.model, several, edit)
 
 
 def render_attention_gifs(job: Job) -> None:
     images = job.load_batch()['image']
     attn = job.run_model(images)[4]
     for i in range(len(images)):
-        animate_attention(attn, images, job.path(f'attention_evolution_{i}.gif'), i)
+        write(job.args, f'attention_evolution_{i}.gif', animate_attention, attn, images, index=i)
 
 
-def render_emergence(jobs: list[Job]) -> None:
-    """A GIF of the same images with the models of several steps."""
-    batch = jobs[-1].load_batch()
-    frames = [(job, batch, f'step {job.step:,}') for job in reversed(jobs)]  # slots are numbered as in the last one
-    save_gif(draw_sequence(frames)[::-1], jobs[-1].path('emergence.gif'))
+def render_emergence(args: argparse.Namespace) -> None:
+    """A GIF of the same images, from the same noise, with the models of several steps."""
+    folder = args.checkpoint / 'checkpoints' if (args.checkpoint / 'checkpoints').is_dir() else args.checkpoint
+    jobs = {job.step: job for job in (open_checkpoint(path, args) for path in sorted(folder.glob('*.pth')))}
+    if len(jobs) < 2:
+        raise CheckpointError(
+            f'--gif needs checkpoints of at least two steps; {args.checkpoint} has {len(jobs)}. python train.py '
+            '--save_every 1 writes one an epoch; for a GIF of the attention name a file, not a folder'
+        )
+    figures, batch = [], jobs[max(jobs)].load_batch()
+    for step in sorted(jobs):
+        recons, masks, rgbs, *_ = jobs[step].run_model(batch['image'])
+        options = dict(rgbs=rgbs, labels=batch.get('mask'), title=f'step {step:,}', empty_slots=True)
+        figures.append(visualize_slots(batch['image'], recons, masks, **options))
+    write(args, 'emergence.gif', save_gif, figures)
 
 
 def render_frames(job: Job) -> None:
-    """A GIF of the pictures in --frames, in the natural order of their names: frame2 before frame10."""
-    frames, folder = [], job.args.frames
-    if not folder.is_dir():
-        raise DataError(f'no folder {folder}; --frames needs a folder of pictures')
-    for path in find_pictures(folder):
+    """A GIF of the pictures in --frames, in the natural order of their names: frame2 before frame10.
+
+    Each frame starts from the slots of the frame before, so slots keep their numbers (as in SAVi, Kipf et al. 2022,
+    arXiv 2111.12594). Absent slots stay absent, except that one of them is drawn anew in each frame and is used if it
+    lowers the reconstruction error by more than a tenth: for an object that appears, or whose slot was dropped.
+    """
+    frames, start = [], job.initial_slots(1)
+    present, initial = torch.ones(start.shape[1], dtype=torch.bool), start
+    for n, path in enumerate(find_pictures(job.args.frames)):
         try:
-            frames.append((job, job.read_images([path]), job.title(path.name[:24])))  # frames must have one size
+            images = job.read_images([path])['image']
         except DataError as error:
             print(f'skipped: {error}', file=sys.stderr)
-    if not frames:
-        raise DataError(f'no pictures in {folder}; --frames needs a folder with {", ".join(PICTURES)} files')
-    save_gif(draw_sequence(frames), job.path('frames.gif'), milliseconds=200)
-
-
-def draw_sequence(frames: Iterable[tuple[Job, dict[str, Tensor], str]]) -> list[Figure]:
-    """A sheet of slots for each job, batch and title; slots are numbered as the most similar ones of the previous."""
-    figures, previous = [], None
-    for job, batch, title in frames:
-        recons, masks, rgbs, *_ = job.run_model(batch['image'])
-        if previous is not None:
-            masks, rgbs = reorder_slots(previous, masks, rgbs)
-        previous = masks
-        figures.append(
-            visualize_slots(batch['image'], recons, masks, None, rgbs, batch.get('mask'), title, empty_slots=True)
-        )
-    return figures
+            continue
+        one_more = present | (torch.arange(len(present)) == present.int().argmin())  # the first absent slot, if any
+        outputs = [job.run_model(images, start[:, used]) for used in (present, one_more)]
+        before, after = (F.mse_loss(recons, images) for recons, *_ in outputs)
+        (recons, *found, _), used = (outputs[1], one_more) if after < 0.9 * before else (outputs[0], present)
+        index = used.nonzero()[:, 0]
+        masks, rgbs, slots = (x.new_zeros(1, len(used), *x.shape[2:]).index_copy(1, index, x) for x in found)
+        frames.append((images, recons, masks, rgbs, path.name[:24]))  # a longer title could widen the frame
+        present = masks.amax((0, 2, 3, 4)) > 0  # [K]
+        start = torch.where(present[:, None], slots, initial.roll(n, 1))
+    if len(frames) < 2:
+        reason = f'--frames needs a folder with at least two pictures ({", ".join(PICTURES)})'
+        raise DataError(f'{reason}; {job.args.frames} has {len(frames)}')
+    used = torch.cat([masks for _, _, masks, *_ in frames]).amax((0, 2, 3, 4)) > 0  # [K], in any frame
+    figures = [
+        visualize_slots(images, recons, masks[:, used], None, rgbs[:, used], None, title, empty_slots=True)
+        for images, recons, masks, rgbs, title in frames
+    ]
+    write(job.args, 'frames.gif', save_gif, figures, milliseconds=200)
 
 
 def render_sweep(job: Job) -> None:
-    config = job.model.config
-    num_slots = range(2, config.num_slots + 5)
-    num_iterations = sorted({1, 2, 3, 5, 8, 12, 16, 20, config.num_iterations})
-    table = sweep(job.model, job.load_batch(), num_slots, num_iterations, job.args.seed)
-    with open(job.path('sweep.csv'), 'w', newline='') as file:
-        writer = csv.DictWriter(file, table[0].keys())
-        writer.writeheader()
-        writer.writerows(table)
-    visualize_sweep(table, job.path('sweep'))
+    """Mean scores for each number of slots and iterations: a heat map and a CSV file."""
+    batch, config, table = job.load_batch(), job.model.config, []
+    iterations = sorted({1, 2, 3, 5, 8, 12, 16, 20, config.num_iterations})
+    for K, T in product(range(2, config.num_slots + 5), iterations):
+        generator = torch.Generator().manual_seed(job.args.seed)
+        recons, masks, *_ = job.model(batch['image'], num_slots=K, num_iterations=T, generator=generator)
+        table.append({'num_slots': K, 'num_iterations': T, 'mse': F.mse_loss(recons, batch['image']).item()})
+        if 'mask' in batch:
+            table[-1]['fg_ari'] = fg_ari(batch['mask'], masks).nanmean().item()
+    write(job.args, 'sweep', visualize_sweep, table)
+    rows, options = [list(row.values()) for row in table], dict(fmt='%.6g', delimiter=',', comments='')
+    write(job.args, 'sweep.csv', lambda save_path: np.savetxt(save_path, rows, header=','.join(table[0]), **options))
 
 
-def remove_stale(paths: list[Path]) -> None:
-    """Deletes the figures NAME_N with higher numbers than in `paths`: those of an earlier run with more images."""
-    for path in paths:
-        name, _, number = path.stem.rpartition('_')
-        for n in count(int(number) + 1) if number.isdecimal() else ():
-            stale = path.with_stem(f'{name}_{n}')
-            if stale in paths or not stale.is_file() or CREATOR.encode() not in stale.read_bytes():
-                break  # the next figure of this run, or not a figure of this script
-            stale.unlink()
+def render_training(args: argparse.Namespace) -> None:
+    folders = sorted({file.parent for file in args.log_dir.rglob('events.out.tfevents.*')}, key=natural_key)
+    if not folders:
+        command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
+        raise DataError(f'no training curves under {args.log_dir}; {command} writes some')
+    write(args, 'training', visualize_training, folders)
 
 
-def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
-    """The model of a checkpoint file or the folder of a run. Raises CheckpointError.
-
-    Default: --pretrained, else the newest file under --log_dir, else the weights of shapes in PRETRAINED.
-    """
-    path = path or PRETRAINED.get(args.pretrained)
-    if path is None:
-        path = max(args.log_dir.rglob('*.pth'), key=lambda file: file.stat().st_mtime, default=None)
-    if path is None:
-        if 'shapes' not in PRETRAINED:
-            raise CheckpointError(f'no checkpoint under {args.log_dir}; python train.py writes one')
-        path = PRETRAINED['shapes']
-        print(f'no checkpoint under {args.log_dir}: drawing the weights of shapes that come with the repository')
-    path = next((file for file in (path / 'last.pth', path / 'checkpoints/last.pth') if file.is_file()), path)
-    print(f'rendering {path}')
+def open_checkpoint(path: Path, args: argparse.Namespace) -> Job:
+    """The model and the data of a checkpoint. Raises CheckpointError."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path)
     try:
@@ -761,135 +696,106 @@ def open_checkpoint(path: Path | None, args: argparse.Namespace) -> Job:
         step = int(checkpoint['training'].get('progress', {}).get('step', 0))
     except (TypeError, ValueError, AttributeError) as error:
         raise damaged(path, error) from error
+    print(f'drawing {path} at step {step:,}')
     if not data and not (args.image or args.frames):
         raise CheckpointError(f'{path} does not say what data it was trained on; give pictures with --image')
-    if args.mask_dir is None and args.data_dir is not None and args.data_dir != Path(data.get('data_dir') or ''):
-        data['mask_dir'] = None  # of other pictures
-    for name in ('data_dir', 'mask_dir'):
+    if unknown := data.keys() - {'dataset_type', 'resolution', *DATA_FLAGS}:
+        print(f'ignored {", ".join(sorted(unknown))} in the data of {path}: this version does not have them')
+        data = {name: value for name, value in data.items() if name not in unknown}
+    source = data.get('dataset_type')
+    if args.data_dir is not None:
+        data.pop('masks', None)  # the pattern of other pictures
+    for name in ('data_dir', 'masks'):
         if (value := getattr(args, name)) is not None:
-            source = data.get('dataset_type')
-            if name not in SOURCE_FLAGS.get(source, ()):
+            if source not in SOURCES or name not in SOURCES[source].flags:
                 raise CheckpointError(f'--{name} has no effect: {path} was trained on {source}; leave it out')
-            data[name] = str(value) if value else None
+            data[name] = str(value)
     return Job(model, data, step, args)
 
 
+def choose_checkpoint(args: argparse.Namespace) -> Path:
+    """--checkpoint, --pretrained, the checkpoint of the most steps under --log_dir, or weights of the repository."""
+    path = args.checkpoint or PRETRAINED.get(args.pretrained) or newest_checkpoint(args.log_dir)
+    if path is None and args.log_dir == Path('logs') and (path := PRETRAINED.get('shapes')):
+        print(f'no checkpoint under {args.log_dir}: drawing the weights of shapes that come with the repository')
+    if path is None:
+        raise CheckpointError(f'no checkpoint under {args.log_dir}; python train.py writes one')
+    return find_checkpoint(path)
+
+
 def create_parser() -> Parser:
-    parser = Parser(
-        prog='visualize.py', usage='python visualize.py [flags]', allow_abbrev=False,
-        description='Draws the slots of a checkpoint for validation images or your own pictures.',
-    )  # fmt: skip
-
-    def add(group, name, help, **kwargs):
-        default = '' if kwargs.get('default') is None else f' (default: {kwargs["default"]})'
-        group.add_argument(f'--{name}', help=help + default, **kwargs)
-
+    parser = Parser('visualize.py', 'Draws the slots of a checkpoint for validation images or your own pictures.')
     # fmt: off
-    group = parser.add_argument_group('figures (default: slots, attention and decomposition of each image)')
-    modes = group.add_mutually_exclusive_group()
-    add(modes, 'edit', 'images with objects removed, copied, swapped and interpolated', action='store_true')
-    add(modes, 'gif', 'GIFs of the attention; if --checkpoint is a folder, a GIF of the slots at each saved step',
-        action='store_true')
-    add(modes, 'frames', 'a GIF of the pictures in this folder', type=Path, metavar='FOLDER')
-    add(modes, 'sweep', 'scores for each number of slots and iterations, also as CSV', action='store_true')
-    add(modes, 'training', 'training curves of all runs under --log_dir', action='store_true')
-    group = parser.add_argument_group('input')
-    add(group, 'checkpoint', 'file or folder of a run (default: the newest under --log_dir)', type=Path, metavar='PATH')
-    add(group, 'pretrained', "weights that come with the repository, by data set; paper_: of the paper's architecture",
-        choices=PRETRAINED)
-    add(group, 'log_dir', 'folder of the runs', type=Path, default=Path('logs'), metavar='PATH')
-    add(group, 'image', 'pictures to draw instead of validation images; their segmentations are also written, at the '
-        'size of the pictures (0: background, 255: not seen by the model)', type=Path, nargs='+', metavar='PATH')
-    add(group, 'data_dir', 'folder of the data (default: as in training)', type=Path, metavar='PATH')
-    add(group, 'mask_dir', 'folder of the masks of your own pictures (default: as in training, without --data_dir)',
-        metavar='PATH')
-    add(group, 'num_images', 'number of validation images (default: 8; with --sweep 32)', type=int, metavar='N')
-    add(group, 'num_slots', 'number of slots (default: of the checkpoint)', type=int, metavar='N')
-    add(group, 'num_iterations', 'iterations of Slot Attention (default: of the checkpoint)', type=int, metavar='N')
-    add(group, 'search', 'improve the slots of each image by gradient descent on its reconstruction error',
-        action='store_true')
-    add(group, 'seed', 'seed of the initial slots', type=int, default=0, metavar='N')
-    group = parser.add_argument_group('output')
-    add(group, 'output_dir', 'folder of the figures', type=Path, default=Path('visualizations'), metavar='PATH')
-    add(group, 'format', 'file format of the figures', default='png', choices=FORMATS)
+    parser.section('figures (default: slots, attention and decomposition of each image)')
+    parser.flag('edit', bool, False, 'images with objects removed, copied, swapped and interpolated')
+    parser.flag('gif', bool, False, 'GIFs of the attention; or, of a folder as --checkpoint, of the slots at each step')
+    parser.flag('frames', Path, None, 'a GIF of the pictures in this folder', metavar='FOLDER')
+    parser.flag('sweep', bool, False, 'scores for each number of slots and iterations, also as CSV')
+    parser.flag('training', bool, False, 'FG-ARI of all runs under --log_dir over the minutes of training')
+    parser.section('input')
+    parser.flag('checkpoint', Path, None, 'file or folder of a run (default: that of the most steps under --log_dir)')
+    parser.flag('pretrained', str, None, 'weights of the repository, by data set and architecture', choices=PRETRAINED)
+    parser.flag('log_dir', Path, Path('logs'), 'folder of the runs')
+    parser.flag('image', Path, None, 'pictures to draw instead of validation images; their segmentations are also '
+                f'written, at the size of the pictures (0: background, {IGNORE}: not seen by the model)', nargs='+')
+    parser.flag('data_dir', Path, None, 'folder of the data (default: as in training)')
+    parser.flag('masks', str, None, 'pattern of the masks of your own pictures (default: as in training, but with '
+                '--data_dir that of train.py)', metavar='PATTERN')
+    parser.flag('num_images', int, 8, 'number of validation images', 1, 100)
+    parser.flag('num_slots', int, None, 'number of slots (default: of the checkpoint)', 1, 254)
+    parser.flag('num_iterations', int, None, 'iterations of Slot Attention (default: of the checkpoint)', 1, 1000)
+    parser.flag('search', bool, False, 'refine the slots by gradient descent on the reconstruction error')
+    parser.flag('seed', int, 0, 'seed of the initial slots', 0)
+    parser.section('output')
+    parser.flag('output_dir', Path, Path('visualizations'), 'folder of the figures')
+    parser.flag('format', str, 'png', 'file format of the figures', choices=FORMATS)
     # fmt: on
     return parser
 
 
 # Flags that have no effect with another flag.
 UNUSED = {
-    'gif': ('search', 'format'),
-    'frames': ('image', 'data_dir', 'mask_dir', 'num_images', 'format'),
-    'sweep': ('num_slots', 'num_iterations', 'search'),
-    'training': (
-        'checkpoint', 'pretrained', 'image', 'data_dir', 'mask_dir', 'num_images', 'num_slots', 'num_iterations',
-        'search', 'seed',
-    ),
-    'checkpoint': ('log_dir', 'pretrained'),
-    'pretrained': ('log_dir',),
-    'image': ('data_dir', 'mask_dir', 'num_images'),
-}  # fmt: skip
+    'edit': 'gif frames sweep training',
+    'gif': 'frames sweep training search format',
+    'frames': 'sweep training image data_dir masks num_images format',
+    'sweep': 'training num_slots num_iterations search',
+    'training': 'checkpoint pretrained image data_dir masks num_images num_slots num_iterations search seed',
+    'checkpoint': 'log_dir pretrained',
+    'pretrained': 'log_dir',
+    'image': 'data_dir masks num_images',
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; a mistake ends the program with one line and status 2."""
     parser = create_parser()
+    given = parser.given(argv)
+    if 'sweep' in given:
+        parser.set_defaults(num_images=32)
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    for flag, names in UNUSED.items():
-        for name in names:
-            if flag in given and name in given:
-                parser.error(f'--{name} has no effect with --{flag}; leave it out')
-    limits = {'num_images': (1, 1000), 'num_slots': (1, 254), 'num_iterations': (1, 1000), 'seed': (0, 2**63 - 1)}
-    for name in limits.keys() & given.keys():
-        lowest, highest = limits[name]
-        if not lowest <= given[name] <= highest:
-            parser.error(f'--{name} must be at least {lowest} and at most {highest}, not {given[name]}')
-    if args.num_images is None:
-        args.num_images = 32 if args.sweep else 8
-    if args.edit and len(args.image or range(args.num_images)) < 2:
-        parser.error('--edit needs at least two images')
+    for flag in [flag for flag in UNUSED if flag in given]:
+        parser.refuse(given, UNUSED[flag].split(), f'with --{flag}')
     return args
 
 
 @torch.no_grad()
-def render(args: argparse.Namespace) -> list[Path]:
-    """Writes the figures and returns their paths. Raises ValueError and OSError."""
-    if args.training:
-        folders = sorted({file.parent for file in args.log_dir.rglob('events.out.tfevents.*')}, key=natural_key)
-        if not folders:
-            command = f'python train.py --log_dir {shlex.quote(str(args.log_dir))}'
-            raise DataError(f'no training curves under {args.log_dir}; {command} writes some')
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        path = args.output_dir / f'training.{args.format}'
-        visualize_training(folders, path)
-        return [path]
-    if args.gif and args.checkpoint is not None and args.checkpoint.is_dir():
-        folder = args.checkpoint / 'checkpoints' if (args.checkpoint / 'checkpoints').is_dir() else args.checkpoint
-        files = [*folder.glob('checkpoint_epoch_*.pth'), *folder.glob('last.pth')]
-        if not files:
-            raise CheckpointError(f'no checkpoints in {args.checkpoint}; python train.py --save_every 1 writes some')
-        jobs = {job.step: job for job in (open_checkpoint(file, args) for file in files)}  # one for each step
-        jobs = [jobs[step] for step in sorted(jobs)]
-        render_emergence(jobs)
-        return jobs[-1].paths
-    job = open_checkpoint(args.checkpoint, args)
-    modes = {'edit': render_edits, 'gif': render_attention_gifs, 'frames': render_frames, 'sweep': render_sweep}
-    next((mode for flag, mode in modes.items() if getattr(args, flag)), render_images)(job)
-    remove_stale(job.paths)
-    return job.paths
-
-
 def main(args: argparse.Namespace) -> int:
-    """Draws and prints the paths of the figures; returns the exit status. A user's mistake gives one line and 2."""
+    """Draws the figures; returns the exit status. A user's mistake gives one line and 2."""
+    modes = {'edit': render_edits, 'gif': render_attention_gifs, 'frames': render_frames, 'sweep': render_sweep}
     try:
-        for path in render(args):
-            print(path)
-    except (ValueError, OSError) as error:
+        if args.training:
+            render_training(args)
+        elif args.gif and args.checkpoint is not None and args.checkpoint.is_dir():
+            render_emergence(args)
+        else:
+            draw = next((mode for flag, mode in modes.items() if getattr(args, flag)), render_images)
+            draw(open_checkpoint(choose_checkpoint(args), args))
+    except (ValueError, OSError, MemoryError) as error:
         print(f'visualize.py: error: {error}', file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == '__main__':
+    plain_output()
     sys.exit(main(parse_args()))
