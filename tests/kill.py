@@ -28,7 +28,8 @@ def kill_again_and_again(folder: Path, kills: int, images: int, seed: int) -> in
     many of the kills found the run further on than the one before.
     """
     rng = random.Random(seed)
-    flags = [*SMALL, '--train_size', str(images), '--epochs', '2', '--save_minutes', '0.003', '--resume', 'auto']
+    flags = [*SMALL, '--train_size', str(images), '--epochs', '2', '--val_every', '2']
+    flags += ['--save_minutes', '0.003', '--resume', 'auto']
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
 
     def start(log_dir: str) -> subprocess.Popen:
