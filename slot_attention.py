@@ -855,7 +855,6 @@ def diagnose(statistics: dict[str, float]) -> str:
 # 5. Configuration and checkpoints
 # =============================================================================================
 
-CHECKPOINT_FORMAT = 'slot-attention/5'
 # Trained weights that come with the repository, by the name of their data set; those of `paper` begin with paper_.
 PRETRAINED = {path.stem: path for path in sorted((Path(__file__).parent / 'tests' / 'pretrained').glob('*.pth'))}
 
@@ -937,7 +936,6 @@ def save_checkpoint(path: str | os.PathLike, model: SlotAttentionAutoEncoder, **
     """
     path = Path(path)
     checkpoint = {
-        'format': CHECKPOINT_FORMAT,
         'config': asdict(model.config),
         'model': model.state_dict(),
         'training': training,
