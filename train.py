@@ -162,8 +162,8 @@ def create_parser() -> Parser:
     flag('refine_steps', int, 20, 'with --search: steps of gradient descent on the slots', 0)
     parser.section('system')
     flag('device', str, 'auto', 'auto: a CUDA GPU if there is one', choices=('auto', 'cpu', 'cuda'))
-    flag('amp', str, 'auto', 'bfloat16 autocast; auto: on GPUs, and for paper on CPUs that support it; off with --eval',
-         choices=('auto', 'on', 'off'))
+    flag('amp', str, 'auto', 'bfloat16 autocast, with fast for the convolutions; auto: if the hardware computes in it; '
+         'off with --eval', choices=('auto', 'on', 'off'))
     flag('num_workers', int, 0, 'processes that load batches; 0: load in the training process', 0)
     # fmt: on
     return parser
@@ -291,7 +291,7 @@ class DistributedContext:
     world_size: int = 1
 
     @classmethod
-    def create(cls, device: str = 'auto', amp: str = 'auto', architecture: str = 'fast') -> 'DistributedContext':
+    def create(cls, device: str = 'auto', amp: str = 'auto') -> 'DistributedContext':
         """Reads the flags, and joins the other processes if torchrun has started some. Raises ConfigError."""
         if device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: PyTorch finds no CUDA GPU here; use --device cpu')
@@ -299,9 +299,9 @@ class DistributedContext:
             device = 'cuda' if torch.cuda.is_available() else 'cpu'
         if device == 'cuda':
             pays = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # the casts of the fast architecture cost more than its small products gain
+        else:
             checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-            pays = architecture == 'paper' and any(getattr(torch.cpu, check, bool)() for check in checks)
+            pays = any(getattr(torch.cpu, check, bool)() for check in checks)
         bfloat16 = amp == 'on' or (amp == 'auto' and pays)
         if not dist.is_torchelastic_launched():
             return cls(torch.device(device), bfloat16)
@@ -318,12 +318,16 @@ class DistributedContext:
         dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=6))
         return cls(torch.device(device, index), bfloat16, rank, world_size)
 
-    def autocast(self) -> torch.autocast:
-        # No cache of cast weights: in PyTorch 2.6 a weight first cast without gradient never gets one.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
-
     def place(self, model: SlotAttentionAutoEncoder) -> SlotAttentionAutoEncoder:
-        """Moves the model to the device, in the memory layout that is fastest there."""
+        """Moves the model to the device, in the memory layout and number format that are fastest there."""
+        if self.bfloat16:
+            # The casts of the many small products of the fast architecture cost more than they gain.
+            paper = model.config.architecture == 'paper'
+            parts = [(model, 'encode'), (model, 'decode')] if paper else [(model.encoder.conv, 'forward')]
+            for part, name in parts:
+                # No cache of cast weights: in PyTorch 2.6 a weight first cast without gradient never gets one.
+                autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+                setattr(part, name, autocast(getattr(part, name)))
         return model.to(self.device, memory_format=torch.channels_last)
 
     def generator(self, *key: int) -> torch.Generator:
@@ -559,8 +563,7 @@ def train_loop(run: Run) -> None:
         for batch in bar:
             run.stop.check(context)
             images, slots, rng = prepare_batch(run, batch)
-            with context.autocast():
-                terms = loss_terms(model, images, slots, rng, args, progress.step / total)
+            terms = loss_terms(model, images, slots, rng, args, progress.step / total)
             loss = sum(terms.values())
             model.zero_grad(set_to_none=True)
             loss.backward()
@@ -726,8 +729,7 @@ def evaluate(
     for i, batch in tqdm(batches, 'evaluating', count, delay=2, leave=False, disable=context.rank > 0 or None):
         if batch is not None:
             batch = {name: value.to(context.device, non_blocking=True) for name, value in batch.items()}
-            with context.autocast():
-                rows = score_batch(batch['image'], batch.get('mask'), i)
+            rows = score_batch(batch['image'], batch.get('mask'), i)
             for row, scores in rows.items():
                 for name, value in scores.items():
                     values[row, name] += value.tolist()
@@ -759,9 +761,8 @@ def log_figures(run: Run) -> None:
     context, dataset, step = run.context, run.val_loader.dataset, run.progress.step
     batch = dataset.__getitems__(list(range(min(6, len(dataset)))))
     batch = {name: values.to(context.device) for name, values in batch.items()}
-    with context.autocast():
-        recons, masks, slots, attn = run.model(batch['image'], generator=context.generator(0))
-        rgbs, _ = run.model.decode(slots)
+    recons, masks, slots, attn = run.model(batch['image'], generator=context.generator(0))
+    rgbs, _ = run.model.decode(slots)
     try:
         figures = {
             'decomposition': visualize_slots(batch['image'], recons, masks, rgbs=rgbs, labels=batch.get('mask')),
@@ -939,7 +940,7 @@ def main(args: argparse.Namespace) -> int:
     """Trains or evaluates; returns the exit status. A user's mistake gives one line and status 2."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        context = DistributedContext.create(args.device, args.amp, args.architecture)
+        context = DistributedContext.create(args.device, args.amp)
         status = (evaluate_checkpoint if args.eval else train)(args, context)
         if context.world_size > 1:
             dist.destroy_process_group()

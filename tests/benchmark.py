@@ -32,7 +32,7 @@ class Step:
     def __init__(self, architecture: str, resolution: int, batch_size: int, device: str, amp: str):
         torch.manual_seed(0)
         self.args = args = parse_args(['--architecture', architecture, '--resolution', str(resolution)])
-        self.context = DistributedContext.create(device, amp, architecture)
+        self.context = DistributedContext.create(device, amp)
         self.name = f'{architecture} {resolution}x{resolution}, batch {batch_size}'
         model = create_model(ModelConfig(**{name: getattr(args, name) for name in MODEL_FLAGS}))
         self.model = self.context.place(model)
@@ -44,8 +44,7 @@ class Step:
 
     def __call__(self) -> None:
         slots = self.model.slot_attention.initial_slots(len(self.images), self.args.num_slots)
-        with self.context.autocast():
-            terms = loss_terms(self.model, self.images, slots, self.rng, self.args, progress=0.5)
+        terms = loss_terms(self.model, self.images, slots, self.rng, self.args, progress=0.5)
         self.model.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         self.optimize()
@@ -56,8 +55,7 @@ class Step:
 
     @torch.no_grad()
     def network(self) -> None:
-        with self.context.autocast():
-            self.model(self.images)
+        self.model(self.images)
 
 
 def seconds(calls: list[Callable], context: DistributedContext, repeats: int) -> list[float]:

@@ -17,7 +17,7 @@ from slot_attention import load_checkpoint
 
 # A step an epoch, and a checkpoint of each. With --clip 0 Adam's first mean is a tenth of the gradient. KeepHead learns
 # from other images for each number of processes.
-FLAGS = [*SMALL, *'--save_minutes 0 --log_every 1 --val_every 4 --epochs 12 --save_every 1'.split()]
+FLAGS = [*SMALL, *'--save_minutes 0 --log_every 1 --val_every 4 --epochs 12 --save_every 1 --amp off'.split()]
 FLAGS += '--val_size 17 --flip 1 --optimizer adam --clip 0 --keep_weight 0 --drop_share 0 --train_size 8'.split()
 
 
