@@ -242,7 +242,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f'images must be [B, 3, {size}, {size}], not {list(images.shape)}')
         if slots is None:
-            num_slots = self.config.num_slots if num_slots is None else num_slots
+            num_slots = self.slot_attention.num_slots if num_slots is None else num_slots
             slots = self.slot_attention.initial_slots(images.shape[0], num_slots, generator)
         if slots.shape[1] < 1:
             raise ValueError('at least 1 slot is needed, not 0')
@@ -348,9 +348,9 @@ class FramedSlotAttention(SlotAttention):
     locality bias  A learned multiple of the squared distance to the slot, in its frame, is subtracted from the
                    logits: objects of similar colour are separated by their position.
     drops          There are more slots than needed, so that no object is left without one. After the T iterations
-                   follow `drops` more. Before each of them the slot with the lowest KeepHead logit, if that is below
-                   0, is dropped, and another one takes over its positions. With more slots than in training there are
-                   as many more drops. A dropped slot wins no attention, and its scale is 0.
+                   follow K - 1 more, at most `drops`. Before each of them the slot with the lowest KeepHead logit,
+                   if that is below 0, is dropped, and another one takes over its positions. A dropped slot wins no
+                   attention, and its scale is 0.
     gradient       With 'first_order' it passes through the last iteration only, and straight through to the initial
                    slots (Chang et al. 2022, arXiv 2207.00787; BO-QSA, Jia et al. 2023, arXiv 2210.08990); with 'full'
                    through all iterations, as in the paper.
@@ -361,7 +361,7 @@ class FramedSlotAttention(SlotAttention):
     MIN_REACH = 0.08  # smallest scale for the locality bias and the glimpse
 
     def __init__(self, config: 'ModelConfig', input_dim: int, grid_size: int):
-        super().__init__(input_dim, config.num_slots, config.slot_dim, config.num_iterations)
+        super().__init__(input_dim, config.num_slots + config.spare_slots, config.slot_dim, config.num_iterations)
         self.config = config
         self.register_buffer('grid', coord_grid(grid_size), persistent=False)
         self.locality_bias = nn.Parameter(torch.tensor(-2.0))  # before a softplus
@@ -380,12 +380,11 @@ class FramedSlotAttention(SlotAttention):
     ) -> tuple[State, Tensor]:
         """Finds objects with more slots than needed, then drops slots: the last state, attention [B, T + drops, K, N].
 
-        Arguments as in SlotAttention.forward(); `drops` is the configuration's by default.
+        Arguments as in SlotAttention.forward(); `drops` is described above.
         """
         slots = self.initial_slots(inputs.shape[0], self.num_slots) if slots is None else slots
         T = self.num_iterations if num_iterations is None else num_iterations
-        if drops is None:
-            drops = self.config.drops and self.config.drops + max(slots.shape[1] - self.num_slots, 0)
+        drops = min(self.config.drops, slots.shape[1] - 1) if drops is None else drops
         first_order, with_grad = self.config.gradient == 'first_order', torch.is_grad_enabled()
         initial, slots, attns = slots, slots.detach() if first_order else slots, []
         present = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)  # [B, K]
@@ -893,15 +892,16 @@ class ModelConfig:
         choices=('fast', 'paper'), paper='paper',
     )  # fmt: skip
     resolution: int = option(64, 'side of the square images in pixels', 16, 256)
-    num_slots: int = option(
-        11, 'number of slots: at least one per object and one for the background; spare ones are dropped', 1, 254,
-        paper=7,
+    num_slots: int = option(7, 'number of slots: one per object and one for the background', 1, 200)
+    spare_slots: int = option(
+        8, 'more slots at inference than in training: fewer objects share one; redundant slots are dropped', 0, 54,
+        paper=0, fast_only=True,
     )  # fmt: skip
     slot_dim: int = option(64, 'size of a slot', 4, 4096)
     hidden_dim: int = option(64, 'channels of the hidden layers of encoder and decoder', 1, 4096)
     num_iterations: int = option(8, 'iterations of Slot Attention', 1, 1000, paper=3)
     drops: int = option(
-        8, 'iterations that follow, before each of which a redundant slot is dropped', 0, 1000, paper=0, fast_only=True
+        14, 'iterations that follow, at most; before each a redundant slot is dropped', 0, 1000, paper=0, fast_only=True
     )
     gradient: str = option(
         'first_order', 'backpropagate through all iterations (full) or the last one only (first_order)',

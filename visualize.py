@@ -555,7 +555,7 @@ class Job:
 
     def initial_slots(self, batch_size: int) -> Tensor:
         """[B, K, D], from the same noise in every call."""
-        num_slots, generator = self.args.num_slots or self.model.config.num_slots, torch.Generator()
+        num_slots, generator = self.args.num_slots or self.model.slot_attention.num_slots, torch.Generator()
         return self.model.slot_attention.initial_slots(batch_size, num_slots, generator.manual_seed(self.args.seed))
 
     def run_model(self, images: Tensor, initial: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -668,7 +668,7 @@ def render_sweep(job: Job) -> None:
     """Mean scores for each number of slots and iterations: a heat map and a CSV file."""
     batch, config, table = job.load_batch(), job.model.config, []
     iterations = sorted({1, 2, 3, 5, 8, 12, 16, 20, config.num_iterations})
-    for K, T in product(range(2, config.num_slots + 5), iterations):
+    for K, T in product(range(2, job.model.slot_attention.num_slots + 1), iterations):
         generator = torch.Generator().manual_seed(job.args.seed)
         recons, masks, *_ = job.model(batch['image'], num_slots=K, num_iterations=T, generator=generator)
         table.append({'num_slots': K, 'num_iterations': T, 'mse': F.mse_loss(recons, batch['image']).item()})
@@ -742,7 +742,7 @@ def create_parser() -> Parser:
     parser.flag('masks', str, None, 'pattern of the masks of your own pictures (default: as in training, but with '
                 '--data_dir that of train.py)', metavar='PATTERN')
     parser.flag('num_images', int, 8, 'number of validation images', 1, 100)
-    parser.flag('num_slots', int, None, 'number of slots (default: of the checkpoint)', 1, 254)
+    parser.flag('num_slots', int, None, 'number of slots, spare ones included (default: of the checkpoint)', 1, 254)
     parser.flag('num_iterations', int, None, 'iterations of Slot Attention (default: of the checkpoint)', 1, 1000)
     parser.flag('search', bool, False, 'refine the slots by gradient descent on the reconstruction error')
     parser.flag('seed', int, 0, 'seed of the initial slots', 0)

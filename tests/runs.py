@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     '--resolution 16 --hidden_dim 8 --slot_dim 16 --num_slots 3 --max_objects 2 --min_objects 1 --train_size 48 '
     '--val_size 16 --batch_size 8 --log_every 2 --val_every 1 --warmup_steps 4 --device cpu '
-    '--num_iterations 2 --drops 1'
+    '--num_iterations 2 --drops 1 --spare_slots 1'
 ).split()
 
 

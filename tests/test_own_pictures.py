@@ -11,7 +11,7 @@ import visualize
 WIDTH, HEIGHT, NUMBER = 80, 60, 200
 SMALL = (
     '--dataset images --resolution 32 --hidden_dim 8 --slot_dim 16 --num_slots 4 --num_iterations 3 --drops 1 '
-    '--batch_size 8 --steps 20 --warmup_steps 4 --device cpu --data_dir'
+    '--spare_slots 1 --batch_size 8 --steps 20 --warmup_steps 4 --device cpu --data_dir'
 ).split()
 
 
@@ -46,7 +46,7 @@ def test_pictures_with_masks_are_trained_on_scored_and_drawn(capsys):
 
     assert run('--eval', '--resume', 'logs') == 0
     out = capsys.readouterr().out
-    assert ' test images of images, 4 slots, 3 iterations' in out and 'of the images have a mask with objects' in out
+    assert ' test images of images, 4 + 1 slots, 3' in out and 'of the images have a mask with objects' in out
 
     Path('holiday/masks').rename('labels')  # a pattern of the user's own; pictures elsewhere have masks elsewhere
     pattern = '../../labels/{name}.png'

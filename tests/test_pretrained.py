@@ -13,7 +13,7 @@ from slot_attention import PRETRAINED, load_model, segmentation_scores
 def network_fg_ari(name: str, batch: dict[str, torch.Tensor]) -> float:
     model = load_model(PRETRAINED[name])
     slots = model.slot_attention.initial_slots(
-        len(batch['image']), model.config.num_slots, torch.Generator().manual_seed(0)
+        len(batch['image']), model.slot_attention.num_slots, torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
         masks = model(batch['image'], slots=slots).masks

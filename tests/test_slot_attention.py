@@ -40,12 +40,13 @@ GRADIENTS = (('fast', 'full'), ('fast', 'first_order'), ('paper', 'full'))
 
 
 def small_model(**changes):
-    return create_model(ModelConfig(**{'resolution': 16, 'hidden_dim': 8, 'slot_dim': 16, 'num_slots': 5} | changes))
+    config = {'resolution': 16, 'hidden_dim': 8, 'slot_dim': 16, 'num_slots': 5, 'spare_slots': 0} | changes
+    return create_model(ModelConfig(**config))
 
 
 def framed(**changes):
     """The attention of the fast variant for 9 inputs of size 12, 4 slots of size 8, without drops."""
-    config = ModelConfig(**{'num_slots': 4, 'slot_dim': 8, 'num_iterations': 3, 'drops': 0} | changes)
+    config = ModelConfig(**{'num_slots': 4, 'spare_slots': 0, 'slot_dim': 8, 'num_iterations': 3, 'drops': 0} | changes)
     return FramedSlotAttention(config, input_dim=12, grid_size=3).double()
 
 
@@ -650,10 +651,16 @@ def test_redundant_slots_are_dropped_one_at_a_time_after_the_iterations(T):
     assert (model(images).slots[..., 2] > 0).all()
 
 
-def test_the_last_slot_stays_and_with_more_slots_than_in_training_as_many_more_are_dropped():
+def test_inference_has_more_slots():
+    images = torch.rand(2, 3, 16, 16)
+    assert small_model(spare_slots=3)(images).slots.shape[1] == 8
+    assert small_model(architecture='paper')(images).slots.shape[1] == 5
+
+
+def test_the_last_slot_stays():
     model, images = small_model(drops=2), torch.rand(2, 3, 16, 16)
     judge(model, -1)
-    for K, left in ((1, 1), (2, 1), (4, 2), (5, 3), (8, 3)):
+    for K, left in ((1, 1), (2, 1), (4, 2), (5, 3), (8, 6)):
         assert (model(images, num_slots=K).slots[..., 2] > 0).sum(1).tolist() == [left, left], K
     model = small_model(drops=0)
     judge(model, -1)

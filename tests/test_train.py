@@ -167,6 +167,7 @@ def test_each_term_of_the_loss_is_logged_under_its_name_and_their_sum_is_trained
 
     def with_another(model, images, slots, rng, args, progress):
         steps.append(progress)
+        assert slots.shape[1] == 3  # the spare slot is for inference
         found = terms(model, images, slots, rng, args, progress)
         return found | ({'mine': images.mean() * 0 + 3.0} if len(steps) % 2 else {})
 
@@ -320,7 +321,7 @@ def test_eval_prints_a_table_and_may_use_other_slots_and_iterations(trained, cap
     before = (trained / 'checkpoints/last.pth').read_bytes()
     assert run('--eval', '--resume', trained, '--num_slots', 5, '--num_iterations', 3) == 0
     printed = capsys.readouterr().out
-    assert 'last.pth, step 6\n16 test images of shapes, 5 slots, 3 iterations' in printed
+    assert 'last.pth, step 6\n16 test images of shapes, 5 + 1 slots, 3 iterations' in printed
     header = next(line for line in printed.splitlines() if 'attn FG-ARI' in line)
     assert header.split('  ')[-1] == 'consistency'
     assert printed.count('network ') == 1 and printed.count('several slots') <= 1
@@ -487,8 +488,8 @@ def test_paths_may_start_with_the_home_folder(monkeypatch, trained):
 
 def test_the_number_of_slots_follows_from_the_largest_number_of_objects():
     for flags, expected in (
-        (['--max_objects', '10'], 15), (['--dataset', 'clevr6', '--max_objects', '10'], 15), ([], 11),
-        (['--dataset', 'tetrominoes', '--max_objects', '10'], 8), (['--max_objects', '10', '--num_slots', '3'], 3),
+        (['--max_objects', '10'], 11), (['--dataset', 'clevr6', '--max_objects', '10'], 11), ([], 7),
+        (['--dataset', 'tetrominoes', '--max_objects', '10'], 6), (['--max_objects', '10', '--num_slots', '3'], 3),
         (['--architecture', 'paper', '--dataset', 'clevr6', '--max_objects', '10'], 11),
     ):  # fmt: skip
         assert train.parse_args(flags).num_slots == expected, flags

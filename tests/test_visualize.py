@@ -416,7 +416,7 @@ def test_edits_of_a_checkpoint():
 
 
 def test_a_sweep_has_the_scores_of_every_call():
-    model = slot_attention.load_model(small_checkpoint('logs/last.pth', num_slots=2, num_iterations=4))
+    model = slot_attention.load_model(small_checkpoint('logs/last.pth', num_slots=2, spare_slots=4, num_iterations=4))
     batch = create_dataset(split='val', size=3, **DATA).__getitems__(range(3))
     assert run('--sweep', '--num_images', 3) == 0
     with open('visualizations/sweep.csv') as file:
@@ -473,10 +473,10 @@ class Colours:
 
     NEW, ABSENT = -1, -2
     palette = torch.tensor([[128, 128, 128], [255, 0, 0], [0, 255, 0], [0, 0, 255]]) / 127.5 - 1  # 0: grey
-    config = SimpleNamespace(resolution=16, num_slots=5)
+    config = SimpleNamespace(resolution=16)
 
     def __init__(self, order=(0, 1, 2, 3)):
-        self.slot_attention, self.order = self, order
+        self.slot_attention, self.order, self.num_slots = self, order, 5
 
     def initial_slots(self, batch_size, num_slots, generator):
         return torch.full((batch_size, num_slots, 1), float(self.NEW))
