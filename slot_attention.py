@@ -348,9 +348,9 @@ class FramedSlotAttention(SlotAttention):
     locality bias  A learned multiple of the squared distance to the slot, in its frame, is subtracted from the
                    logits: objects of similar colour are separated by their position.
     drops          There are more slots than needed, so that no object is left without one. After the T iterations
-                   follow K - 1 more, at most `drops`. Before each of them the slot with the lowest KeepHead logit,
-                   if that is below 0, is dropped, and another one takes over its positions. A dropped slot wins no
-                   attention, and its scale is 0.
+                   follow K - 1 more, at most `drops` + `spare_slots`. Before each of them the slot with the lowest
+                   KeepHead logit, if that is below 0, is dropped, and another one takes over its positions. A dropped
+                   slot wins no attention, and its scale is 0.
     gradient       With 'first_order' it passes through the last iteration only, and straight through to the initial
                    slots (Chang et al. 2022, arXiv 2207.00787; BO-QSA, Jia et al. 2023, arXiv 2210.08990); with 'full'
                    through all iterations, as in the paper.
@@ -384,7 +384,8 @@ class FramedSlotAttention(SlotAttention):
         """
         slots = self.initial_slots(inputs.shape[0], self.num_slots) if slots is None else slots
         T = self.num_iterations if num_iterations is None else num_iterations
-        drops = min(self.config.drops, slots.shape[1] - 1) if drops is None else drops
+        if drops is None:
+            drops = self.config.drops and min(self.config.drops + self.config.spare_slots, slots.shape[1] - 1)
         first_order, with_grad = self.config.gradient == 'first_order', torch.is_grad_enabled()
         initial, slots, attns = slots, slots.detach() if first_order else slots, []
         present = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)  # [B, K]
@@ -901,8 +902,9 @@ class ModelConfig:
     hidden_dim: int = option(64, 'channels of the hidden layers of encoder and decoder', 1, 4096)
     num_iterations: int = option(8, 'iterations of Slot Attention', 1, 1000, paper=3)
     drops: int = option(
-        14, 'iterations that follow, at most; before each a redundant slot is dropped', 0, 1000, paper=0, fast_only=True
-    )
+        8, 'iterations that follow, and one more for each spare slot; before each a redundant slot is dropped', 0, 1000,
+        paper=0, fast_only=True,
+    )  # fmt: skip
     gradient: str = option(
         'first_order', 'backpropagate through all iterations (full) or the last one only (first_order)',
         choices=('full', 'first_order'), paper='full', fast_only=True,

@@ -651,9 +651,11 @@ def test_redundant_slots_are_dropped_one_at_a_time_after_the_iterations(T):
     assert (model(images).slots[..., 2] > 0).all()
 
 
-def test_inference_has_more_slots():
-    images = torch.rand(2, 3, 16, 16)
-    assert small_model(spare_slots=3)(images).slots.shape[1] == 8
+def test_inference_has_more_slots_and_as_many_more_drops():
+    model, images = small_model(spare_slots=3, drops=2), torch.rand(2, 3, 16, 16)
+    judge(model, -1)
+    slots = model(images).slots
+    assert slots.shape[1] == 8 and (slots[..., 2] > 0).sum(1).tolist() == [3, 3]
     assert small_model(architecture='paper')(images).slots.shape[1] == 5
 
 
