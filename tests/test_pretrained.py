@@ -29,7 +29,7 @@ def test_the_weights_are_small_and_make_a_model(name):
 
 def test_shapes():
     dataset = create_dataset('shapes', 'test', 64)
-    assert network_fg_ari('shapes', dataset.__getitems__(list(range(64)))) == pytest.approx(0.9544, abs=0.005)
+    assert network_fg_ari('shapes', dataset.__getitems__(list(range(64)))) == pytest.approx(0.9434, abs=0.005)
 
 
 def test_clevr6_on_eight_scenes():
@@ -40,4 +40,4 @@ def test_clevr6_on_eight_scenes():
     )
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     batch = {'image': images, 'mask': torch.from_numpy(labels).long()}
-    assert network_fg_ari('clevr6', batch) == pytest.approx(0.9657, abs=0.005)
+    assert network_fg_ari('clevr6', batch) == pytest.approx(0.9470, abs=0.005)
