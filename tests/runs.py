@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,6 +23,14 @@ def run(*flags) -> int:
         return train.main(train.parse_args([str(flag) for flag in flags]))
     except SystemExit as exit:
         return exit.code
+
+
+def finished_run(folder: Path, epochs: int) -> Path:
+    """The folder, with a run in it that has ended; without figures, which take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'log_figures', lambda run: None)
+        assert run(*SMALL, '--epochs', epochs, '--log_dir', folder) == 0
+    return folder
 
 
 def scalars(folder, tag) -> dict[int, float]:

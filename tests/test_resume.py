@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill import kill_again_and_again
-from runs import ROOT, SMALL, assert_same_run, run, scalars
+from runs import ROOT, SMALL, assert_same_run, finished_run, run, scalars
 
 import train
 from slot_attention import load_checkpoint
@@ -29,11 +29,7 @@ def without_figures(monkeypatch):
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
     """The folder of a run of two epochs that is never stopped."""
-    folder = tmp_path_factory.mktemp('straight')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'log_figures', lambda run: None)
-        assert run(*SMALL, '--epochs', 2, '--log_dir', folder) == 0
-    return folder
+    return finished_run(tmp_path_factory.mktemp('straight'), epochs=2)
 
 
 def script(*flags, env=(), **kwargs) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, SMALL, run, scalars
+from runs import ROOT, SMALL, finished_run, run, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataset
@@ -302,11 +302,7 @@ def test_a_run_shorter_than_its_warm_up_is_warned_of(without_figures, capsys):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """The folder of a short run."""
-    folder = tmp_path_factory.mktemp('trained')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'log_figures', lambda run: None)
-        assert run(*SMALL, '--epochs', 1, '--log_dir', folder) == 0
-    return folder
+    return finished_run(tmp_path_factory.mktemp('trained'), epochs=1)
 
 
 def table(*flags, capsys) -> dict[str, list[float]]:
