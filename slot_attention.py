@@ -628,10 +628,10 @@ def keep_loss(
         after = attention.look(State(inputs, k, v, *attention.step(slots, k, v, others), others))  # [n, K, D]
         rgbs, masks_after = model.decode(after, pixels)
         target = images[half][:, :, pixels[0]][..., pixels[1]]
-        errors_after = ((rgbs * masks_after).sum(dim=1) - target).float().square().mean(dim=1)
-        mask = masks[half][removed].squeeze(1).float()  # of the removed slot, [n, h, w]
+        errors_after = ((rgbs * masks_after).sum(dim=1) - target).square().mean(dim=1)
+        mask = masks[half][removed].squeeze(1)  # of the removed slot, [n, h, w]
         needed = is_needed(target, errors[half], errors_after, mask)  # [n]
-    terms = F.binary_cross_entropy_with_logits(logits[removed].float(), needed.float(), reduction='none')
+    terms = F.binary_cross_entropy_with_logits(logits[removed], needed.to(logits), reduction='none')
     return (terms * (present.sum(dim=1) > 1)).mean()
 
 

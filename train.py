@@ -458,7 +458,7 @@ def loss_terms(
     # [B, K, 3, h, w] and [B, K, 1, h, w]; the masks of dropped slots are 0: clamp them before a logarithm
     rgbs, masks = model.decode(attention.look(state), (rows, columns))
     recons = (rgbs * masks).sum(dim=1)  # [B, 3, h, w]
-    errors = F.mse_loss(recons.float(), images[:, :, rows][..., columns], reduction='none').mean(dim=1)  # [B, h, w]
+    errors = F.mse_loss(recons, images[:, :, rows][..., columns], reduction='none').mean(dim=1)  # [B, h, w]
     terms = {'mse': errors.mean()}
     if weight := args.mixture * min(max((progress - args.mixture_from) / 0.2, 0.0), 1.0):
         squares = rgbs.square().mean(dim=2, keepdim=True)  # [B, K, 1, h, w]
